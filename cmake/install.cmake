@@ -1,0 +1,23 @@
+include(CMakePackageConfigHelpers)
+
+set(config_dir "${CMAKE_INSTALL_LIBDIR}/cmake/safelora_kernels")
+install(
+  TARGETS safelora_kernels
+  EXPORT safelora_kernels
+  COMPONENT cpp)
+install(DIRECTORY csrc/include/safelora DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}" COMPONENT cpp)
+install(
+  EXPORT safelora_kernels
+  NAMESPACE safelora_kernels::
+  FILE safelora_kernelsTargets.cmake
+  DESTINATION "${config_dir}"
+  COMPONENT cpp)
+
+configure_package_config_file(cmake/safelora_kernelsConfig.cmake.in safelora_kernelsConfig.cmake
+                              INSTALL_DESTINATION "${config_dir}")
+write_basic_package_version_file(safelora_kernelsConfigVersion.cmake COMPATIBILITY SameMinorVersion)
+install(
+  FILES "${CMAKE_CURRENT_BINARY_DIR}/safelora_kernelsConfig.cmake"
+        "${CMAKE_CURRENT_BINARY_DIR}/safelora_kernelsConfigVersion.cmake"
+  DESTINATION "${config_dir}"
+  COMPONENT cpp)

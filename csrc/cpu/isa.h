@@ -1,0 +1,67 @@
+// The table of ISA-specific kernels: one instance per translation unit isa_*.cpp, chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "safelora/kernels.h"
+
+namespace safelora::detail {
+
+constexpr std::int64_t kLanes = 16;  // ranks per panel: every panel is (rows, 16), zero-padded
+
+// C (m×16) = A (m×k)·B (k×16), or += when accumulate. a[i*a_row + l*a_col], b[l*ldb + j], c[i*ldc + j].
+template <class T>
+using Gemm16 = void (*)(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
+                        std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate);
+
+// dst[i*ld + j] = block(i, j), or aligned(i, j) − base(i, j); the second returns the sum of squares.
+template <class T>
+using LoadBlock = void (*)(const ConstMatrix& m, std::int64_t i0, std::int64_t rows, std::int64_t j0, std::int64_t cols,
+                           T* dst, std::int64_t ld);
+template <class T>
+using LoadDifference = double (*)(const ConstMatrix& aligned, const ConstMatrix& base, std::int64_t i0,
+                                  std::int64_t rows, std::int64_t j0, std::int64_t cols, T* dst, std::int64_t ld);
+template <class T>
+using StoreBlock = void (*)(const T* src, std::int64_t ld, const Matrix& m, std::int64_t i0, std::int64_t rows,
+                            std::int64_t j0, std::int64_t cols);
+
+template <class T>
+struct Kernels {
+  Gemm16<T> gemm16;
+  LoadBlock<T> load;
+  LoadDifference<T> load_difference;
+  StoreBlock<T> store;
+};
+
+struct IsaTable {
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+const IsaTable& scalar_table();
+#ifdef SAFELORA_X86
+const IsaTable& avx2_table();
+const IsaTable& avx512_table();
+
+// The AMX strip: see isa_amx.cpp. Scratch sizes in 32-bit words for a strip of `tiles` × 16 columns.
+struct AmxStrip {
+  ConstMatrix aligned, base;
+  std::int64_t row_blocks, panels;
+  const std::uint32_t* b_tiles;  // [panel][row block][2][256]
+  std::uint32_t* v_tiles;        // [row block][tiles][256]
+  float* accumulator;            // [panel][row block][256]
+};
+void amx_pack_b(const float* panel, std::int64_t rows, std::uint32_t* tiles);
+double amx_strip(const AmxStrip& s, std::int64_t j0, int tiles, bool accumulate);
+void amx_begin();
+void amx_end();
+#endif
+
+template <class T>
+const Kernels<T>& kernels();
+template <>
+const Kernels<float>& kernels<float>();
+template <>
+const Kernels<double>& kernels<double>();
+
+}  // namespace safelora::detail

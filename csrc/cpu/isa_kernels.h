@@ -1,0 +1,237 @@
+// Kernels written once and compiled once per ISA; include only from isa_*.cpp, each built with its own flags.
+// Everything here has internal linkage: an inline function shared between translation units of different flags would
+// let the linker pick the copy a plain CPU cannot run.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "isa.h"
+
+namespace {
+using namespace safelora;
+using namespace safelora::detail;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T>
+struct Simd {
+  static constexpr int width = kVectorBytes / sizeof(T);
+  static constexpr int per_panel = kLanes / width;
+  // rows of C held in registers: about half of the register file, so that loads of B and broadcasts of A fit beside
+  static constexpr int row_tile = (kVectorBytes == 64 ? 16 : 12) / per_panel > 0
+                                      ? (kVectorBytes == 64 ? 16 : 12) / per_panel
+                                      : 1;
+  typedef T type __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+};
+
+template <class T, int M>
+void gemm16_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b, std::int64_t ldb, T* c,
+                 std::int64_t ldc, bool accumulate) {
+  using V = typename Simd<T>::type;
+  constexpr int n = Simd<T>::per_panel, w = Simd<T>::width;
+  V acc[M][n];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) acc[i][j] = accumulate ? *reinterpret_cast<const V*>(c + i * ldc + j * w) : V{};
+  for (std::int64_t l = 0; l < k; ++l) {
+    V row[n];
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) row[j] = *reinterpret_cast<const V*>(b + l * ldb + j * w);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const T scale = a[i * a_row + l * a_col];
+#pragma GCC unroll 8
+      for (int j = 0; j < n; ++j) acc[i][j] += scale * row[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) *reinterpret_cast<V*>(c + i * ldc + j * w) = acc[i][j];
+}
+
+template <class T>
+void gemm16(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
+            std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate) {
+  constexpr int tile = Simd<T>::row_tile;
+  std::int64_t i = 0;
+  for (; i + tile <= m; i += tile)
+    gemm16_tile<T, tile>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
+  if constexpr (tile > 4)
+    for (; i + 4 <= m; i += 4) gemm16_tile<T, 4>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
+  for (; i < m; ++i) gemm16_tile<T, 1>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
+}
+
+struct Bf16 {
+  std::uint16_t bits;
+};
+struct F16 {
+  std::uint16_t bits;
+};
+
+template <class To, class From>
+To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float widen(Bf16 x) { return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+
+inline float widen(F16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000u | (magnitude << 13));  // Inf, NaN
+  // shifting the exponent into place and rescaling by 2^112 is exact, subnormals included
+  return bit_cast<float>(sign | bit_cast<std::uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f));
+#endif
+}
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(double x, float& out) { out = static_cast<float>(x); }
+inline void narrow(float x, double& out) { out = x; }
+inline void narrow(double x, double& out) { out = x; }
+
+// round to nearest even; NaN stays NaN
+inline void narrow(float x, Bf16& out) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(x);
+  const std::uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  out.bits = static_cast<std::uint16_t>(x == x ? rounded : 0x7fc0);
+}
+inline void narrow(float x, F16& out) {
+#if defined(__F16C__)
+  out.bits = static_cast<std::uint16_t>(_cvtss_sh(x, 0));
+#else
+  const std::uint32_t bits = bit_cast<std::uint32_t>(x), sign = (bits >> 16) & 0x8000;
+  const float magnitude = bit_cast<float>(bits & 0x7fffffff);
+  std::uint32_t half;
+  if (!(magnitude < 65520.0f)) {  // the half-way point above the largest finite value
+    half = magnitude == magnitude ? 0x7c00 : 0x7e00;
+  } else if (magnitude < 0x1p-14f) {  // subnormal: adding 2^-1 · 2^… aligns the last bit, and the addition rounds
+    half = bit_cast<std::uint32_t>(magnitude + 0.5f) - 0x3f000000u;
+  } else {
+    const std::uint32_t m = bit_cast<std::uint32_t>(magnitude);
+    half = (m - 0x38000000u + 0xfff + ((m >> 13) & 1)) >> 13;
+  }
+  out.bits = static_cast<std::uint16_t>(sign | half);
+#endif
+}
+inline void narrow(double x, Bf16& out) { narrow(static_cast<float>(x), out); }
+inline void narrow(double x, F16& out) { narrow(static_cast<float>(x), out); }
+
+template <class T, class S>
+void widen_row(const S* src, std::int64_t stride, std::int64_t n, T* dst) {
+  std::int64_t j = 0;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<S, F16> && std::is_same_v<T, float>)
+    if (stride == 1)
+      for (; j + 16 <= n; j += 16)
+        _mm512_storeu_ps(dst + j, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + j))));
+#elif defined(__F16C__)
+  if constexpr (std::is_same_v<S, F16> && std::is_same_v<T, float>)
+    if (stride == 1)
+      for (; j + 8 <= n; j += 8)
+        _mm256_storeu_ps(dst + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + j))));
+#endif
+  if (stride == 1)
+    for (; j < n; ++j) dst[j] = static_cast<T>(widen(src[j]));
+  else
+    for (; j < n; ++j) dst[j] = static_cast<T>(widen(src[j * stride]));
+}
+
+template <class F>
+auto with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::bf16: return f(Bf16{});
+    case DType::f16: return f(F16{});
+    case DType::f64: return f(double{});
+    case DType::f32: break;
+  }
+  return f(float{});
+}
+
+template <class T>
+void load_block(const ConstMatrix& m, std::int64_t i0, std::int64_t rows, std::int64_t j0, std::int64_t cols, T* dst,
+                std::int64_t ld) {
+  with_type(m.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    const S* src = static_cast<const S*>(m.data) + i0 * m.row_stride + j0 * m.col_stride;
+    if (m.col_stride != 1 && m.row_stride == 1) {  // stored by columns: walk the memory, scatter into the block
+      for (std::int64_t j = 0; j < cols; ++j)
+        for (std::int64_t i = 0; i < rows; ++i) dst[i * ld + j] = static_cast<T>(widen(src[j * m.col_stride + i]));
+    } else {
+      for (std::int64_t i = 0; i < rows; ++i) widen_row(src + i * m.row_stride, m.col_stride, cols, dst + i * ld);
+    }
+  });
+}
+
+template <class T>
+double load_difference(const ConstMatrix& aligned, const ConstMatrix& base, std::int64_t i0, std::int64_t rows,
+                       std::int64_t j0, std::int64_t cols, T* dst, std::int64_t ld) {
+  constexpr std::int64_t kStep = 256;
+  T subtrahend[kStep];
+  load_block(aligned, i0, rows, j0, cols, dst, ld);
+  double squares = 0;
+  for (std::int64_t i = 0; i < rows; ++i)
+    for (std::int64_t j = 0; j < cols; j += kStep) {
+      const std::int64_t n = cols - j < kStep ? cols - j : kStep;
+      load_block(base, i0 + i, 1, j0 + j, n, subtrahend, kStep);
+      T* row = dst + i * ld + j;
+      T lanes[16] = {};  // fixed lanes: the order of the sum must not depend on what the compiler vectorizes
+      std::int64_t l = 0;
+      for (; l + 16 <= n; l += 16)
+        for (int q = 0; q < 16; ++q) {
+          row[l + q] -= subtrahend[l + q];
+          lanes[q] += row[l + q] * row[l + q];
+        }
+      for (; l < n; ++l) {
+        row[l] -= subtrahend[l];
+        lanes[0] += row[l] * row[l];
+      }
+      for (T lane : lanes) squares += lane;
+    }
+  return squares;
+}
+
+template <class T>
+void store_block(const T* src, std::int64_t ld, const Matrix& m, std::int64_t i0, std::int64_t rows, std::int64_t j0,
+                 std::int64_t cols) {
+  with_type(m.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    S* dst = static_cast<S*>(m.data) + i0 * m.row_stride + j0 * m.col_stride;
+    for (std::int64_t i = 0; i < rows; ++i) {
+      S* row = dst + i * m.row_stride;
+      if (m.col_stride == 1)
+        for (std::int64_t j = 0; j < cols; ++j) narrow(src[i * ld + j], row[j]);
+      else
+        for (std::int64_t j = 0; j < cols; ++j) narrow(src[i * ld + j], row[j * m.col_stride]);
+    }
+  });
+}
+
+template <class T>
+constexpr Kernels<T> kTable = {gemm16<T>, load_block<T>, load_difference<T>, store_block<T>};
+
+const IsaTable& this_table() {
+  static const IsaTable table = {kTable<float>, kTable<double>};
+  return table;
+}
+
+}  // namespace

@@ -1,0 +1,227 @@
+"""Writing an adapter directory whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from .adapter import COMPANIONS, CONFIG_FILE, METADATA_KEY, REPORT_FILE, WEIGHTS_FILE, Adapter, tensor_bytes
+from .errors import SafeLoraError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .report import SafeLoraReport
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: stale directories are then left alone
+    fcntl = None  # type: ignore[assignment]
+
+_COPY_BYTES = 1 << 20
+_SPARE_BYTES = 4 << 20
+
+
+def check_target(out: Path, adapter: Path, checkpoints: list[Path], needed: int, overwrite: bool) -> None:
+    """Refuse an output location before any work: taken, unwritable, too small, or touching an input.
+
+    Raises SafeLoraError.
+    """
+    for source in (adapter, *checkpoints):
+        if out == source or out in source.parents or (source == adapter and adapter in out.parents):
+            raise SafeLoraError(f"the output {out} would touch the input {source}; inputs are never changed.")
+    if out.exists():
+        if not out.is_dir():
+            raise SafeLoraError(f"the output {out} exists and is not a directory.")
+        names = os.listdir(out)
+        if names and not overwrite:
+            raise SafeLoraError(f"the output directory {out} is not empty; choose another, or allow overwriting.")
+        if names and (REPORT_FILE not in names or any((out / name).is_dir() for name in names)):
+            raise SafeLoraError(f"{out} is not an earlier output of this tool, so it is not overwritten.")
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise SafeLoraError(f"cannot write the output {out}: {parent} is not a writable directory.")
+    free = shutil.disk_usage(parent).free
+    if free < needed + _SPARE_BYTES:
+        raise SafeLoraError(
+            f"the output {out} needs {(needed + _SPARE_BYTES) / 1e6:.1f} MB, but only {free / 1e6:.1f} MB are free."
+        )
+
+
+class StagedAdapter:
+    """An adapter directory under construction in a hidden, locked directory beside its final place.
+
+    Leaving the context without :meth:`commit` removes it. A killed process leaves it behind unlocked; the next run
+    for the same output removes it.
+    """
+
+    def __init__(self, out: Path, adapter: Adapter) -> None:
+        self.out = out
+        self.adapter = adapter
+        self._prefix = f".{out.name[:100]}.safelora-"
+        self._header = _header_bytes(adapter, marked=True)
+        self._file: BinaryIO | None = None
+        self._lock: int | None = None
+        self.path = out.parent / f"{self._prefix}{os.getpid()}-{secrets.token_hex(4)}"
+
+    def __enter__(self) -> StagedAdapter:
+        with self.writing():
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._remove_stale()
+            self.path.mkdir()
+            self._lock = _try_lock(self.path)
+            self._file = open(self.path / WEIGHTS_FILE, "xb+", buffering=0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._lock is not None:
+            os.close(self._lock)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def copy_input(self) -> str:
+        """Copy every tensor and companion file of the input; returns the sha256 of its weight file."""
+        assert self._file is not None
+        with self.writing():
+            digest = copy_and_hash(self.adapter, self._file, len(self._header))
+            shutil.copyfile(self.adapter.root / CONFIG_FILE, self.path / CONFIG_FILE)
+            for name in sorted(os.listdir(self.adapter.root)):
+                source = self.adapter.root / name
+                if source.is_file() and any(fnmatchcase(name, pattern) for pattern in COMPANIONS):
+                    shutil.copyfile(source, self.path / name)
+        return digest
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Overwrite tensor `name`; dtype and number of elements are those of the input's tensor."""
+        assert self._file is not None
+        header = self.adapter.header
+        with self.writing():
+            self._file.seek(len(self._header) + header.tensors[name].begin - header.data_start)
+            write_all(self._file, tensor_bytes(tensor))
+
+    def commit(self, report: SafeLoraReport) -> None:
+        """Write header, report and model card, make everything durable, and move it to its place."""
+        assert self._file is not None
+        marked = bool(report.projected)
+        with self.writing():
+            self._file.seek(0)
+            write_all(self._file, memoryview(_header_bytes(self.adapter, marked, len(self._header))))
+            os.fsync(self._file.fileno())
+            report.save_json(self.path / REPORT_FILE)
+            if marked:
+                from .card import mark_card
+
+                mark_card(self.path / "README.md", report)
+            for name in os.listdir(self.path):
+                if name != WEIGHTS_FILE:
+                    _sync(self.path / name)
+            _sync(self.path)
+            self._move()
+            _sync(self.out.parent)
+
+    def _move(self) -> None:
+        if self.out.exists() and os.listdir(self.out):
+            old = self.out.parent / f"{self._prefix}old-{secrets.token_hex(4)}"
+            os.rename(self.out, old)
+            os.rename(self.path, self.out)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(self.path, self.out)
+
+    def _remove_stale(self) -> None:
+        for entry in os.scandir(self.out.parent):
+            if entry.name.startswith(self._prefix) and entry.is_dir(follow_symlinks=False):
+                lock = _try_lock(Path(entry.path))
+                if lock is not None:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    os.close(lock)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn a failing write into one clear OSError that says what became of the output."""
+        try:
+            yield
+        except OSError as error:
+            remedy = "Free some space and run again" if error.errno == errno.ENOSPC else "Nothing else was changed"
+            raise OSError(
+                error.errno, f"writing {self.out} failed ({error.strerror or error}). No output was left. {remedy}."
+            ) from error
+
+
+def copy_and_hash(adapter: Adapter, target: BinaryIO | None, position: int) -> str:
+    """The sha256 of the adapter's weight file; its tensors go to `target` from byte `position` on, if there is one."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_COPY_BYTES))
+    skip = adapter.header.data_start
+    if target is not None:
+        target.seek(position)
+    with open(adapter.weights, "rb", buffering=0) as source:
+        while count := source.readinto(buffer):
+            digest.update(buffer[:count])
+            if target is not None and adapter.loaded is None:
+                write_all(target, buffer[min(skip, count) : count])
+                skip = max(skip - count, 0)
+    if target is not None and adapter.loaded is not None:
+        for info in sorted(adapter.header.tensors.values(), key=lambda info: info.begin):
+            write_all(target, tensor_bytes(adapter.loaded[info.name]))
+    return digest.hexdigest()
+
+
+def write_all(file: BinaryIO, data: memoryview) -> None:
+    """Write all of `data` to an unbuffered file, however often the system stops short."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def _header_bytes(adapter: Adapter, marked: bool, size: int = 0) -> bytes:
+    """Length prefix and JSON (padded to `size`) of the output's header: the input's tensors at the input's offsets."""
+    metadata = {"format": "pt", **{key: text for key, text in adapter.header.metadata.items() if key != METADATA_KEY}}
+    if marked or METADATA_KEY in adapter.header.metadata:
+        metadata[METADATA_KEY] = "projected"
+    start = adapter.header.data_start
+    content: dict[str, Any] = {"__metadata__": metadata}
+    for info in sorted(adapter.header.tensors.values(), key=lambda info: info.begin):
+        offsets = [info.begin - start, info.end - start]
+        content[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text = text.ljust(max(-(-len(text) // 8) * 8, size - 8))
+    return len(text).to_bytes(8, "little") + text
+
+
+def _try_lock(directory: Path) -> int | None:
+    """An exclusive lock on `directory` as a file descriptor, or None when another process holds it."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

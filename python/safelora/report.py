@@ -1,0 +1,217 @@
+"""What a projection did: the numbers per module, the options and inputs, as JSON, a table, a page or a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .adapter import natural_key
+from .errors import SafeLoraError
+
+if TYPE_CHECKING:
+    import rich.table
+    from matplotlib.figure import Figure
+
+SUFFIXES = (".json", ".html", ".png")
+COSINE_ERROR = 1e-5
+_LAYER_INDEX = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One adapted module.
+
+    cosine: between the update B·A and its projection C·B·A, in [0, 1]; None where V = 0.
+    margin: signed distance of the cosine from the decision boundary (negative: projected, positive: kept). With
+        num_layers it is taken to the nearest cosine on the other side of the cut. None without such a boundary.
+    near_threshold: the margin is within the numerical error of the cosine, so the decision could go either way.
+    shrinkage: ‖C·B‖_F / ‖B‖_F. v_norm: ‖V‖_F, V = aligned − base.
+    decision: "projected", "kept" (measured, left as it is) or "skipped" (not measured); reason says why where it is
+        not the cosine that decided.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    shape: tuple[int, int]
+    base_tensor: str | None
+    aligned_tensor: str | None
+    matched: str | None
+    decision: str
+    cosine: float | None = None
+    margin: float | None = None
+    near_threshold: bool = False
+    shrinkage: float | None = None
+    v_norm: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class SafeLoraReport:
+    """The outcome of :func:`safelora.project_adapter`; also written as safelora_report.json beside the adapter.
+
+    pdst is the authors' diagnostic: the mean over the measured modules of 1/(1 + ‖B_final − C·B‖_F).
+    """
+
+    modules: list[ModuleReport]
+    options: dict[str, Any]
+    inputs: dict[str, Any]
+    versions: dict[str, str]
+    output: str | None = None
+    dry_run: bool = False
+    pdst: float | None = None
+    passed_through: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def projected(self) -> list[ModuleReport]:
+        """The modules whose lora_B was replaced (would be, in a dry run)."""
+        return [module for module in self.modules if module.decision == "projected"]
+
+    @property
+    def near_threshold(self) -> list[ModuleReport]:
+        """The modules whose decision lies within the numerical error of the cosine."""
+        return [module for module in self.modules if module.near_threshold]
+
+    def summary(self) -> str:
+        """One or two sentences for a person."""
+        done = "would project" if self.dry_run else "projected"
+        text = f"Safe LoRA {done} {len(self.projected)} of {len(self.modules)} modules"
+        cosines = [module.cosine for module in self.modules if module.cosine is not None]
+        if cosines:
+            text += f"; cosines {min(cosines):.5f} to {max(cosines):.5f}"
+        if self.near_threshold:
+            text += f"; {len(self.near_threshold)} within {COSINE_ERROR:g} of the cut"
+        return f"{text}." + (f" Written to {self.output}." if self.output else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        content = dataclasses.asdict(self)
+        return {"format": "safelora-report/1", "num_projected": len(self.projected), **content}
+
+    def to_json(self) -> str:
+        """The report as indented JSON (strict: no NaN)."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SafeLoraReport:
+        """Read a report written by :meth:`save` or by a projection (a file, or the adapter directory).
+
+        Raises SafeLoraError when the file is not such a report.
+        """
+        from .adapter import REPORT_FILE
+        from .checkpoint import read_json
+
+        place = Path(path)
+        content, _ = read_json(place / REPORT_FILE if place.is_dir() else place, "the projection report")
+        try:
+            modules = [ModuleReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in content.pop("modules")]
+            names = {item.name for item in dataclasses.fields(cls)}
+            return cls(modules=modules, **{key: value for key, value in content.items() if key in names})
+        except (KeyError, TypeError) as error:
+            raise SafeLoraError(f"{place} is not a Safe LoRA report: {error}.") from error
+
+    def table(self) -> rich.table.Table:
+        """A rich table with one row per module."""
+        from rich.table import Table
+
+        table = Table(title=self.summary(), caption="\n".join(self.warnings) or None, title_justify="left")
+        for heading in ("module", "rank"):
+            table.add_column(heading, overflow="fold")
+        for heading in ("cosine", "margin", "‖CB‖/‖B‖", "‖V‖"):
+            table.add_column(heading, justify="right")
+        table.add_column("decision")
+        for module in self.modules:
+            note = module.reason or ("within the numerical error of the cut" if module.near_threshold else "")
+            table.add_row(
+                module.name, str(module.rank), _number(module.cosine, ".5f"), _number(module.margin, "+.5f"),
+                _number(module.shrinkage, ".3e"), _number(module.v_norm, ".4g"),
+                module.decision + (f" ({note})" if note else ""),
+                style="bold" if module.decision == "projected" else None,
+            )  # fmt: skip
+        return table
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write .json, .html or .png, by the suffix of `path`. Raises SafeLoraError for any other suffix."""
+        writers = {".json": self.save_json, ".html": self.save_html, ".png": self.save_png}
+        suffix = Path(path).suffix.lower()
+        if suffix not in writers:
+            raise SafeLoraError(f"cannot tell the format of report {os.fspath(path)}: end it in {', '.join(SUFFIXES)}.")
+        writers[suffix](path)
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained page: summary, per-layer picture, table, inputs. Needs no other package."""
+        from .page import render
+
+        Path(path).write_text(render(self), encoding="utf-8")
+
+    def save_png(self, path: str | os.PathLike[str]) -> None:
+        """Write the per-layer picture. Needs matplotlib."""
+        self.plot().savefig(path, format="png", dpi=150, bbox_inches="tight")
+
+    def plot(self) -> Figure:
+        """Layers × module kinds coloured by cosine, projected modules framed, as a matplotlib figure.
+
+        Raises RuntimeError when matplotlib is not installed.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+            from matplotlib.patches import Rectangle
+        except ImportError as error:
+            raise RuntimeError(
+                "the picture needs matplotlib, which is not installed: pip install matplotlib, or ask for .html."
+            ) from error
+        rows, columns, cells = self.grid()
+        figure = Figure(figsize=(2.5 + 0.9 * len(columns), 1.6 + 0.28 * len(rows)))
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        values = [
+            [module.cosine if (module := cells.get((row, column))) and module.cosine is not None else float("nan")
+             for column in columns] for row in rows
+        ]  # fmt: skip
+        image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
+        for (row, column), module in cells.items():
+            x, y = columns.index(column), rows.index(row)
+            if module.decision == "projected":
+                axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="red", linewidth=1.6))
+            elif module.cosine is None:
+                axes.text(x, y, "–", ha="center", va="center")
+        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylabel("layer")
+        axes.set_title(f"{len(self.projected)} of {len(self.modules)} modules projected (framed)", fontsize=10)
+        figure.colorbar(image, ax=axes, label="cosine of the update and its projection")
+        return figure
+
+    def grid(self) -> tuple[list[str], list[str], dict[tuple[str, str], ModuleReport]]:
+        """Rows (layers), columns (module kinds) and the module in each cell.
+
+        The row of a module is its name up to and including the last index ("model.layers.3"), shortened to the index
+        where that is unambiguous; the column is the rest of its name.
+        """
+        places = {}
+        for module in self.modules:
+            found = list(_LAYER_INDEX.finditer(module.name))
+            cut = found[-1].end(1) if found else 0
+            places[module.name] = (module.name[:cut], module.name[cut:].lstrip("."))
+        stems = {row.rpartition(".")[0] for row, _ in places.values() if row}
+        if len(stems) == 1:
+            places = {name: (row.rpartition(".")[2], column) for name, (row, column) in places.items()}
+        cells = {(places[module.name][0] or "–", places[module.name][1]): module for module in self.modules}
+        rows = sorted({row for row, _ in cells}, key=natural_key)
+        columns = list(dict.fromkeys(column for _, column in cells))
+        return rows, columns, cells
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "–" if value is None else format(value, spec)

@@ -1,0 +1,39 @@
+"""Fused low-rank kernels for LoRA safety: Safe LoRA's projection and selection, SaLoRA's orthogonal complement.
+
+Needs torch alone. ``sk.backends()`` says what runs here, ``sk.explain(name, *args)`` which backend a call takes, and
+``sk.reference`` holds the same functions in plain torch.
+"""
+
+from . import reference
+from .backends import BackendStatus, Explanation, backends, explain
+from .functional import (
+    project_layers,
+    project_lowrank,
+    project_out,
+    project_out_layers,
+    project_out_layers_,
+    salora_linear,
+    select_layers,
+    update_cosine,
+)
+from .types import LayerFactors, Projection
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendStatus",
+    "Explanation",
+    "LayerFactors",
+    "Projection",
+    "backends",
+    "explain",
+    "project_layers",
+    "project_lowrank",
+    "project_out",
+    "project_out_layers",
+    "project_out_layers_",
+    "reference",
+    "salora_linear",
+    "select_layers",
+    "update_cosine",
+]

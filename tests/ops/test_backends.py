@@ -1,0 +1,185 @@
+"""Choosing a backend, saying why, and importing where the native part is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import safelora_kernels as sk
+from safelora_kernels.backends import OPS, cpu
+
+ROOT = Path(sk.__file__).resolve().parent.parent
+NATIVE = sk.backends()["cpu"].available
+
+
+def python(code: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``code`` in a fresh interpreter that sees the package in ``cwd``."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("SAFELORA_")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**clean, "PYTHONPATH": str(cwd), **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_every_backend_has_a_status_and_a_reason() -> None:
+    statuses = sk.backends()
+    assert set(statuses) == {"cpu", "reference"}
+    assert statuses["reference"].available
+    assert all(status.reason for status in statuses.values())
+    assert (cpu.LIBRARY.exists() and not os.environ.get("SAFELORA_DISABLE_NATIVE")) == NATIVE
+
+
+def test_explain_names_the_backend_and_the_reasons() -> None:
+    w, b = torch.randn(4, 6), torch.randn(4, 2)
+    best = sk.explain("project_lowrank", w, w, b)
+    assert best.backend == ("cpu" if NATIVE else "reference")
+    assert set(best.rejected) == {"cpu", "reference"} - {best.backend}
+    assert all(best.rejected.values())
+
+    asked = sk.explain("project_layers", [sk.LayerFactors(w, w, b)], backend="reference")
+    assert (asked.backend, asked.reason) == ("reference", "asked for by backend='reference'")
+    if NATIVE:
+        assert asked.rejected["cpu"] == "backend='reference' asks for reference"
+
+    elsewhere = sk.explain("project_out", w.to("meta"), basis=b.to("meta"))
+    assert elsewhere.backend == "reference"
+    refused = sk.explain("project_out", w.to("meta"), basis=b.to("meta"), backend="cpu")
+    assert refused.backend is None
+    if NATIVE:
+        assert "it runs on cpu tensors, found one on meta" in elsewhere.rejected["cpu"]
+        assert "found one on meta" in refused.reason
+    assert "project_out: no backend" in str(refused)
+    assert "not reference: " in str(refused)
+
+
+def test_explain_speaks_of_what_happens(backend: str) -> None:
+    x, u = torch.randn(6, 2), torch.randn(6, 1)
+    assert sk.explain("project_out", x, u, backend=backend).backend == backend
+    assert sk.project_out(x, u, backend=backend).shape == x.shape
+
+
+def test_unknown_names_are_refused() -> None:
+    x = torch.randn(4, 2)
+    with pytest.raises(ValueError, match="backend='gpu' names no backend: use one of cpu, reference"):
+        sk.project_out(x, x, backend="gpu")
+    with pytest.raises(ValueError, match="backend='' names no backend"):
+        sk.project_out(x, x, backend="")
+    with pytest.raises(ValueError, match="no operator is called 'project'"):
+        sk.explain("project", x)
+    with pytest.raises(ValueError, match="names no backend"):
+        sk.explain("project_out", x, backend="gpu")
+
+
+def test_a_backend_that_cannot_take_the_tensors_raises() -> None:
+    x = torch.randn(4, 2, device="meta")
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run project_out_layers: .*Leave the backend out"):
+        sk.project_out(x, x, backend="cpu")
+
+
+def test_the_native_library_serves_every_operator() -> None:
+    if not NATIVE:
+        pytest.skip(f"no native kernels: {sk.backends()['cpu'].reason}")
+    assert cpu.implemented(OPS) == list(OPS)
+
+
+def test_disabled_native_part() -> None:
+    code = """
+import json, logging, torch, safelora_kernels as sk
+w, b = torch.randn(4, 6), torch.randn(4, 2)
+try:
+    sk.project_lowrank(w, w, b, backend="cpu")
+except RuntimeError as error:
+    message = str(error)
+print(json.dumps([sk.backends()["cpu"], message, sk.explain("project_lowrank", w, w, b).backend]))
+"""
+    done = python(code, SAFELORA_DISABLE_NATIVE="1")
+    assert done.returncode == 0, done.stderr
+    status, message, taken = json.loads(done.stdout)
+    assert status == [False, "SAFELORA_DISABLE_NATIVE is set: unset it to load the native CPU kernels"]
+    assert "unset it" in message
+    assert taken == "reference"
+    assert done.stderr == ""
+
+
+@pytest.fixture
+def copy_of_the_package(tmp_path: Path) -> Path:
+    """The Python files alone, as a pure install has them."""
+    shutil.copytree(
+        ROOT / "safelora_kernels", tmp_path / "safelora_kernels", ignore=shutil.ignore_patterns("*.so", "_build*")
+    )
+    return tmp_path
+
+
+USE = "import torch, safelora_kernels as sk; print(sk.project_out(torch.ones(3, 1), torch.zeros(3, 1)).sum().item())"
+
+
+@pytest.mark.parametrize("case", ["never built", "build failed", "lost", "damaged"])
+def test_import_survives_a_missing_native_part_and_says_so_once(copy_of_the_package: Path, case: str) -> None:
+    package = copy_of_the_package / "safelora_kernels"
+    if case == "build failed":
+        (package / "_build_info.json").write_text(
+            json.dumps({"native": False, "reason": "no C++17 compiler was found"})
+        )
+    elif case == "lost":
+        (package / "_build_info.json").write_text(json.dumps({"native": True}))
+    elif case == "damaged":
+        (package / "_C.abi3.so").write_bytes(b"not a library")
+    done = python(USE, copy_of_the_package)
+    assert (done.returncode, done.stdout) == (0, "3.0\n"), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    said = {
+        "never built": "_C.abi3.so was not built",
+        "build failed": "no C++17 compiler was found",
+        "lost": "is gone",
+        "damaged": "does not load",
+    }
+    assert said[case] in done.stderr
+    assert "falls back to plain torch" in done.stderr
+    assert "SAFELORA_BUILD=native" in done.stderr
+
+    asked = python(USE, copy_of_the_package, SAFELORA_BACKEND="cpu")
+    assert asked.returncode != 0
+    assert "RuntimeError: SAFELORA_BACKEND=cpu cannot run project_out_layers" in asked.stderr
+    assert said[case] in asked.stderr.splitlines()[-1]
+
+
+def test_environment_forces_a_backend() -> None:
+    code = "import torch, safelora_kernels as sk; x = torch.ones(3, 1); print(sk.explain('project_out', x, x))"
+    done = python(code, SAFELORA_BACKEND="reference")
+    assert done.stdout.startswith("project_out: reference (asked for by SAFELORA_BACKEND=reference)"), done.stderr
+    assert python(USE, SAFELORA_BACKEND="").returncode == 0
+    unknown = python(USE, SAFELORA_BACKEND="fpga")
+    assert unknown.stderr.splitlines()[-1].startswith("ValueError: SAFELORA_BACKEND=fpga names no backend: use one of")
+
+
+def test_a_call_overrules_the_environment() -> None:
+    code = USE.replace("zeros(3, 1)", "zeros(3, 1), backend='reference'")
+    assert python(code, SAFELORA_BACKEND="cpu", SAFELORA_DISABLE_NATIVE="1").stdout == "3.0\n"
+
+
+def test_import_stays_light() -> None:
+    code = (
+        "import sys, safelora_kernels; print([m for m in ('transformers', 'peft', 'safetensors') if m in sys.modules])"
+    )
+    assert python(code).stdout == "[]\n"
+
+
+def test_the_public_names_are_those_of_the_reference() -> None:
+    import inspect
+
+    for name in sk.reference.__all__:
+        public, plain = inspect.signature(getattr(sk, name)), inspect.signature(getattr(sk.reference, name))
+        assert [p for p in public.parameters if p != "backend"] == list(plain.parameters)
+        assert public.parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY

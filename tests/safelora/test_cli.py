@@ -1,0 +1,225 @@
+"""The command line: what it prints, what it returns, and that help costs next to nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from safelora.cli import main
+from tests.safelora.zoo import factors, llama_modules, llama_tensors, shifted, write_adapter, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFELORA_DEBUG", "0")
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> SimpleNamespace:
+    base = llama_tensors()
+    aligned = write_checkpoint(tmp_path / "aligned", shifted(base))
+    adapter = write_adapter(tmp_path / "adapter", factors(llama_modules()), base_model_name_or_path=str(aligned))
+    return SimpleNamespace(
+        adapter=str(adapter), base=str(write_checkpoint(tmp_path / "base", base)), out=str(tmp_path / "out")
+    )
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join((str(ROOT), str(ROOT / "python")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_project_writes_and_says_so(inputs, capsys):
+    assert main(["project", inputs.adapter, "--base", inputs.base, "--out", inputs.out, "--num-layers", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("Safe LoRA projected 2 of 4 modules")
+    assert inputs.out in printed.out
+    assert (Path(inputs.out) / "adapter_model.safetensors").exists()
+
+
+def test_json_is_the_report_and_nothing_else(inputs, capsys):
+    command = ["project", inputs.adapter, "--base", inputs.base, "--dry-run", "--threshold", "0.65", "--json"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["num_projected"] == sum(module["decision"] == "projected" for module in report["modules"]) > 0
+    assert report["dry_run"] is True
+    assert {"cosine", "margin", "shrinkage", "v_norm", "decision", "reason"} <= set(report["modules"][0])
+
+
+def test_dry_run_prints_the_table_and_writes_nothing(inputs, capsys, tmp_path):
+    names = sorted(tmp_path.iterdir())
+    assert main(["project", inputs.adapter, "--base", inputs.base, "--dry-run", "--threshold", "0.65"]) == 0
+    table = capsys.readouterr().out
+    for word in ("would project", "cosine", "margin", "‖CB‖/‖B‖", "model.layers.1.self_attn.v_proj", "kept"):
+        assert word in table
+    assert sorted(tmp_path.iterdir()) == names
+
+
+def test_reports(inputs, tmp_path):
+    files = [tmp_path / f"report.{suffix}" for suffix in ("html", "json", "png")]
+    command = ["project", inputs.adapter, "--base", inputs.base, "--dry-run", "--threshold", "0.65", "--quiet"]
+    assert main([*command, *(word for file in files for word in ("--report", str(file)))]) == 0
+    page, data, picture = files
+    assert page.read_text().startswith("<!doctype html>")
+    assert page.read_text().count('class="projected"') == 2 * json.loads(data.read_text())["num_projected"]
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_picture_without_matplotlib_is_refused_before_any_work(inputs, capsys, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    command = ["project", inputs.adapter, "--base", inputs.base, "--out", inputs.out, "--threshold", "1"]
+    assert main([*command, "--report", "layers.png"]) == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert not Path(inputs.out).exists()
+
+
+def test_html_escapes_names(tmp_path):
+    from safelora import ModuleReport, SafeLoraReport
+
+    module = ModuleReport("<script>.0.x", "linear", 1, (2, 2), None, None, None, "kept", cosine=0.5, reason='"><b>')
+    report = SafeLoraReport([module], {"a": "</pre><script>"}, {}, {}, warnings=["<i>"])
+    report.save(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<script>" not in text
+    assert "<b>" not in text
+    assert "<i>" not in text
+
+
+def test_inspect(inputs, capsys):
+    assert main(["inspect", inputs.adapter, "--base", inputs.base, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    first = content["modules"][0]
+    assert first["module"] == "model.layers.0.self_attn.q_proj"
+    assert first["base"]["tensor"] == "model.layers.0.self_attn.q_proj.weight"
+    assert first["base"]["matched"] == "exact"
+    assert first["aligned"] is None
+    assert main(["inspect", inputs.adapter]) == 0
+    assert "4 modules" in capsys.readouterr().out
+
+
+def test_inspect_reads_no_tensor_and_imports_no_torch(inputs):
+    code = (
+        "import sys; from safelora.cli import main; import safelora.stream as s; s.map_range = None;"
+        f"status = main(['inspect', {inputs.adapter!r}, '--base', {inputs.base!r}]);"
+        "assert 'torch' not in sys.modules; sys.exit(status)"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "model.layers.1.self_attn.v_proj.weight [F32] exact" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "message"),
+    [
+        (["--threshold", "0.3", "--num-layers", "2"], 2, "not allowed with"),
+        ([], 2, "one of the arguments"),
+        (["--threshold", "much"], 2, "invalid float"),
+        (["--threshold", "0.3", "--report", "x.pdf"], 2, ".json, .html, .png"),
+        (["--threshold", "0.3", "--report", "absent/x.html"], 2, "does not exist"),
+        (["--threshold", "0.3", "--aligned", "./nowhere"], 2, "does not exist"),
+    ],
+)
+def test_bad_usage(inputs, capsys, change, status, message):
+    try:
+        result = main(["project", inputs.adapter, "--base", inputs.base, "--out", inputs.out, *change])
+    except SystemExit as error:  # argparse
+        result = int(str(error.code))
+    assert result == status
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    assert not Path(inputs.out).exists()
+
+
+def test_unexpected_errors_are_one_line_unless_asked(inputs, capsys, monkeypatch):
+    import safelora.project
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(safelora.project, "project_adapter", broken)
+    command = ["project", inputs.adapter, "--base", inputs.base, "--dry-run", "--threshold", "1"]
+    assert main(command) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setenv("SAFELORA_DEBUG", "1")
+    with pytest.raises(KeyError):
+        main(command)
+
+
+def test_a_reader_that_stops_listening_is_no_error(inputs):
+    code = f"{sys.executable} -m safelora inspect {inputs.adapter} --json | true; exit ${{PIPESTATUS[0]}}"
+    path = os.pathsep.join((str(ROOT), str(ROOT / "python")))
+    done = subprocess.run(
+        ["bash", "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_module_and_version():
+    done = python("-m", "safelora", "--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("safelora ")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["project", "--help"], ["inspect", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom safelora.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'rich', 'transformers', 'peft', 'huggingface_hub', 'matplotlib', 'safetensors'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_help_is_fast():
+    """Bounded by a multiple of the bare interpreter's own start, so that a slow machine does not matter."""
+
+    def seconds(*arguments: str) -> float:
+        start = time.perf_counter()
+        assert python(*arguments).returncode == 0
+        return time.perf_counter() - start
+
+    times = [(seconds("-c", "pass"), seconds("-m", "safelora", "--help")) for _ in range(5)]
+    bare, helped = (statistics.median(column) for column in zip(*times, strict=True))
+    assert helped < 10 * bare
+
+
+def test_projecting_never_imports_transformers_or_peft(inputs):
+    code = (
+        "import sys; from safelora.cli import main;"
+        f"status = main(['project', {inputs.adapter!r}, '--base', {inputs.base!r}, '--out', {inputs.out!r},"
+        "'--threshold', '1']);"
+        "assert not {'transformers', 'peft', 'huggingface_hub', 'rich', 'matplotlib'} & set(sys.modules);"
+        "sys.exit(status)"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lazy_package():
+    code = (
+        "import sys, safelora; assert 'safelora.project' not in sys.modules; dir(safelora);"
+        "safelora.SafeLoraError; assert 'torch' not in sys.modules;"
+        "assert all(hasattr(safelora, name) for name in safelora.__all__); assert safelora.__version__"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
