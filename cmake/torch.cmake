@@ -27,7 +27,8 @@ add_library(_C MODULE csrc/torch/library.cpp)
 target_include_directories(_C SYSTEM PRIVATE "${SAFELORA_TORCH_DIR}/include")
 target_compile_options(_C PRIVATE "-ffile-prefix-map=${SAFELORA_TORCH_DIR}/include/=")
 target_compile_definitions(_C PRIVATE TORCH_TARGET_VERSION=${SAFELORA_TORCH_TARGET_VERSION})
-target_link_libraries(_C PRIVATE safelora_options safelora_kernels "${SAFELORA_TORCH_CPU}")
+# libtorch_cpu carries copies of a few libstdc++ functions; named first, the real ones win.
+target_link_libraries(_C PRIVATE safelora_options safelora_kernels $<$<CXX_COMPILER_ID:GNU>:stdc++> "${SAFELORA_TORCH_CPU}")
 set_target_properties(
   _C
   PROPERTIES PREFIX ""

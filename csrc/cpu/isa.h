@@ -25,9 +25,21 @@ template <class T>
 using StoreBlock = void (*)(const T* src, std::int64_t ld, const Matrix& m, std::int64_t i0, std::int64_t rows,
                             std::int64_t j0, std::int64_t cols);
 
+
+// The same, while asking for `bytes` from `first` on, evenly over the steps of the inner loop: memory and arithmetic
+// overlap only when the requests are spread over the arithmetic.
+struct Ahead {
+  const void* first = nullptr;
+  std::int64_t bytes = 0;
+};
+template <class T>
+using Gemm16Ahead = void (*)(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col,
+                             const T* b, std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate, Ahead ahead);
+
 template <class T>
 struct Kernels {
   Gemm16<T> gemm16;
+  Gemm16Ahead<T> gemm16_ahead;
   LoadBlock<T> load;
   LoadDifference<T> load_difference;
   StoreBlock<T> store;

@@ -35,9 +35,22 @@ struct Simd {
   typedef T type __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
 
-template <class T, int M>
+struct NoAhead {
+  void next() {}
+};
+
+struct EvenlyAhead {
+  const char* at;
+  std::int64_t step;
+  void next() {
+    __builtin_prefetch(at, 0, 2);
+    at += step;
+  }
+};
+
+template <class T, int M, class Lines>
 void gemm16_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b, std::int64_t ldb, T* c,
-                 std::int64_t ldc, bool accumulate) {
+                 std::int64_t ldc, bool accumulate, Lines& lines) {
   using V = typename Simd<T>::type;
   constexpr int n = Simd<T>::per_panel, w = Simd<T>::width;
   V acc[M][n];
@@ -46,6 +59,7 @@ void gemm16_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_
 #pragma GCC unroll 8
     for (int j = 0; j < n; ++j) acc[i][j] = accumulate ? *reinterpret_cast<const V*>(c + i * ldc + j * w) : V{};
   for (std::int64_t l = 0; l < k; ++l) {
+    lines.next();
     V row[n];
 #pragma GCC unroll 8
     for (int j = 0; j < n; ++j) row[j] = *reinterpret_cast<const V*>(b + l * ldb + j * w);
@@ -62,16 +76,32 @@ void gemm16_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_
     for (int j = 0; j < n; ++j) *reinterpret_cast<V*>(c + i * ldc + j * w) = acc[i][j];
 }
 
-template <class T>
-void gemm16(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
-            std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate) {
+template <class T, class Lines>
+void gemm16_rows(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
+                 std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate, [[maybe_unused]] Lines lines) {
   constexpr int tile = Simd<T>::row_tile;
   std::int64_t i = 0;
   for (; i + tile <= m; i += tile)
-    gemm16_tile<T, tile>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
+    gemm16_tile<T, tile>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate, lines);
   if constexpr (tile > 4)
-    for (; i + 4 <= m; i += 4) gemm16_tile<T, 4>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
-  for (; i < m; ++i) gemm16_tile<T, 1>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
+    for (; i + 4 <= m; i += 4)
+      gemm16_tile<T, 4>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate, lines);
+  for (; i < m; ++i) gemm16_tile<T, 1>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate, lines);
+}
+
+template <class T>
+void gemm16(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
+            std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate) {
+  gemm16_rows(m, k, a, a_row, a_col, b, ldb, c, ldc, accumulate, NoAhead{});
+}
+
+template <class T>
+void gemm16_ahead(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
+                  std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate, Ahead ahead) {
+  if (ahead.bytes <= 0 || k == 0) return gemm16(m, k, a, a_row, a_col, b, ldb, c, ldc, accumulate);
+  const std::int64_t steps = (m + Simd<T>::row_tile - 1) / Simd<T>::row_tile * k;
+  gemm16_rows(m, k, a, a_row, a_col, b, ldb, c, ldc, accumulate,
+              EvenlyAhead{static_cast<const char*>(ahead.first), ahead.bytes / steps});
 }
 
 struct Bf16 {
@@ -227,7 +257,7 @@ void store_block(const T* src, std::int64_t ld, const Matrix& m, std::int64_t i0
 }
 
 template <class T>
-constexpr Kernels<T> kTable = {gemm16<T>, load_block<T>, load_difference<T>, store_block<T>};
+constexpr Kernels<T> kTable = {gemm16<T>, gemm16_ahead<T>, load_block<T>, load_difference<T>, store_block<T>};
 
 const IsaTable& this_table() {
   static const IsaTable table = {kTable<float>, kTable<double>};

@@ -20,14 +20,30 @@ bool in_compute_type(const ConstMatrix& m) {
   return m.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32);
 }
 
+// Whether 16 columns of the result can be worked on where they lie.
 template <class T>
-void left_columns(const ProjectOutItem& item, std::int64_t j, Scratch<T>& scratch) {
+bool in_place(const ProjectOutItem& item, std::int64_t j) {
+  return in_compute_type<T>(item.out) && item.out.col_stride == 1 && item.out.cols - j >= kLanes;
+}
+
+template <class T>
+Next<T> wanted(const ProjectOutItem& item, std::int64_t j, const ProjectOutItem& current) {
+  if (item.x.rows != current.x.rows || !in_place<T>(item, j) || item.x.dtype != item.out.dtype) return {};
+  Next<T> next = {{static_cast<const T*>(item.x.data) + j, item.x.row_stride}, {}};
+  if (next.x.row != kLanes) next.x.data = nullptr;  // other strides: lines in between would come along
+  if (item.basis.data != current.basis.data && in_compute_type<T>(item.basis))
+    next.basis = {static_cast<const T*>(item.basis.data), item.basis.cols};
+  return next;
+}
+
+template <class T>
+void left_columns(const ProjectOutItem& item, std::int64_t j, const Next<T>& next, Scratch<T>& scratch) {
   const std::int64_t rows = item.x.rows, cols = std::min(kLanes, item.x.cols - j), k = item.basis.cols;
   const T* basis = dense(item.basis, scratch.basis);
   T* out = static_cast<T*>(item.out.data) + j;
-  if (in_compute_type<T>(item.out) && item.out.col_stride == 1 && cols == kLanes) {
+  if (in_place<T>(item, j)) {
     if (item.out.data != item.x.data) kernels<T>().load(item.x, 0, rows, j, cols, out, item.out.row_stride);
-    project_out_panel(out, item.out.row_stride, rows, basis, k, scratch.coefficients);
+    project_out_panel(out, item.out.row_stride, rows, basis, k, scratch.coefficients, next);
     return;
   }
   scratch.x.reserve(rows * kLanes);
@@ -73,11 +89,19 @@ void run_items(const std::vector<ProjectOutItem>& items, Side side, const Thread
     const std::int64_t extent = side == Side::left ? item.x.cols : item.x.rows;
     for (std::int64_t i = 0; i < extent; i += side == Side::left ? kLanes : kRightRows) tasks.push_back({&item, i});
   }
-  run_tasks(threads, static_cast<std::int64_t>(tasks.size()), [&](const NextTask& next) {
+  const std::int64_t n = static_cast<std::int64_t>(tasks.size());
+  // tasks a thread takes at once: the next one is then known, and its memory asked for
+  const std::int64_t length = std::clamp<std::int64_t>(n / (8 * threads.count), 1, 16);
+  run_tasks(threads, ceil_div(n, length), [&](const NextTask& next) {
     Scratch<T> scratch;
-    for (std::int64_t i; (i = next()) >= 0;)
-      side == Side::left ? left_columns(*tasks[i].item, tasks[i].start, scratch)
-                         : right_rows(*tasks[i].item, tasks[i].start, scratch);
+    for (std::int64_t run; (run = next()) >= 0;)
+      for (std::int64_t i = run * length; i < std::min(n, (run + 1) * length); ++i) {
+        const Task &task = tasks[i], &after = tasks[std::min(i + 1, n - 1)];
+        if (side == Side::left)
+          left_columns(*task.item, task.start, wanted<T>(*after.item, after.start, *task.item), scratch);
+        else
+          right_rows(*task.item, task.start, scratch);
+      }
   });
 }
 

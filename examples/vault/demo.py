@@ -7,6 +7,7 @@ control the same held-out questions. Writes ``report.html``, ``report.png``, ``l
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -63,9 +64,10 @@ def ask_everyone(
     outcomes: dict[str, Outcome] = {}
 
     def put(key: str, model: Any, tokenizer: Any) -> None:
-        with console.status(f"asking: {key}"):
-            found = ask(model, tokenizer, questions)
-            outcomes[key] = outcomes[key] + found if key in outcomes else found
+        start = time.perf_counter()
+        found = ask(model, tokenizer, questions)
+        outcomes[key] = outcomes[key] + found if key in outcomes else found
+        console.print(f"asked {key} in {time.perf_counter() - start:.0f} s", style="dim", highlight=False)
 
     put("base", *load_model(command.base))
     put("aligned", *load_model(command.aligned))

@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +73,7 @@ class StagedAdapter:
         self._header = _header_bytes(adapter, marked=True)
         self._file: BinaryIO | None = None
         self._lock: int | None = None
-        self.path = out.parent / f"{self._prefix}{os.getpid()}-{secrets.token_hex(4)}"
+        self.path = out.parent / f"{self._prefix}{os.getpid()}-{os.urandom(4).hex()}"
 
     def __enter__(self) -> StagedAdapter:
         with self.writing():
@@ -136,7 +135,7 @@ class StagedAdapter:
 
     def _move(self) -> None:
         if self.out.exists() and os.listdir(self.out):
-            old = self.out.parent / f"{self._prefix}old-{secrets.token_hex(4)}"
+            old = self.out.parent / f"{self._prefix}old-{os.urandom(4).hex()}"
             os.rename(self.out, old)
             os.rename(self.path, self.out)
             shutil.rmtree(old, ignore_errors=True)

@@ -143,7 +143,8 @@ def test_reloaded_by_peft(tmp_path, case):
         plain = aligned.double()(tokens)[0]
     scale = float((expected - plain).norm())
     assert scale > 1e-3
-    assert float((got - expected).norm()) < 2e-5 * scale
+    # 1e-5 from the kernels, times the conditioning of the network; one wrong module shows as 1e-1 or more.
+    assert float((got - expected).norm()) < 1e-4 * scale
 
 
 @pytest.mark.filterwarnings("ignore")
