@@ -99,7 +99,7 @@ void convert_row(const S* a, const S* b, std::uint32_t* tiles, __m512& squares) 
 
 // Rows ahead of the conversion whose cache lines are asked for: far enough for DRAM, near enough that rows 8 KiB apart,
 // which share a few cache sets, do not push each other out.
-constexpr std::int64_t kPrefetchRows = 24;
+constexpr std::int64_t kPrefetchRows = 16;
 
 template <int N, class S>
 void convert_block(const AmxStrip& s, std::int64_t i0, std::int64_t j0, std::uint32_t* tiles, Squares& sum) {

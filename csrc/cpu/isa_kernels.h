@@ -212,31 +212,64 @@ void load_block(const ConstMatrix& m, std::int64_t i0, std::int64_t rows, std::i
   });
 }
 
+// 16 lanes whatever the vector width: the order of a sum must not depend on what the compiler vectorizes.
+template <class T>
+struct Squares {
+  T lanes[kLanes] = {};
+  double total() const {
+    double sum = 0;
+    for (T lane : lanes) sum += lane;
+    return sum;
+  }
+};
+
+template <class T>
+void subtract_row(T* row, const T* subtrahend, std::int64_t n, Squares<T>& squares) {
+  std::int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    for (int q = 0; q < kLanes; ++q) {
+      const T v = row[j + q] - subtrahend[j + q];
+      row[j + q] = v;
+      squares.lanes[q] += v * v;
+    }
+  for (; j < n; ++j) {
+    row[j] -= subtrahend[j];
+    squares.lanes[0] += row[j] * row[j];
+  }
+}
+
+// Rows ahead whose cache lines are asked for: strips of a row-major weight touch a new page per row.
+constexpr std::int64_t kPrefetchRows = 16;
+
 template <class T>
 double load_difference(const ConstMatrix& aligned, const ConstMatrix& base, std::int64_t i0, std::int64_t rows,
                        std::int64_t j0, std::int64_t cols, T* dst, std::int64_t ld) {
   constexpr std::int64_t kStep = 256;
-  T subtrahend[kStep];
-  load_block(aligned, i0, rows, j0, cols, dst, ld);
   double squares = 0;
-  for (std::int64_t i = 0; i < rows; ++i)
-    for (std::int64_t j = 0; j < cols; j += kStep) {
-      const std::int64_t n = cols - j < kStep ? cols - j : kStep;
-      load_block(base, i0 + i, 1, j0 + j, n, subtrahend, kStep);
-      T* row = dst + i * ld + j;
-      T lanes[16] = {};  // fixed lanes: the order of the sum must not depend on what the compiler vectorizes
-      std::int64_t l = 0;
-      for (; l + 16 <= n; l += 16)
-        for (int q = 0; q < 16; ++q) {
-          row[l + q] -= subtrahend[l + q];
-          lanes[q] += row[l + q] * row[l + q];
+  with_type(aligned.dtype, [&](auto a_tag) {
+    with_type(base.dtype, [&](auto b_tag) {
+      using A = decltype(a_tag);
+      using B = decltype(b_tag);
+      const A* a = static_cast<const A*>(aligned.data) + i0 * aligned.row_stride + j0 * aligned.col_stride;
+      const B* b = static_cast<const B*>(base.data) + i0 * base.row_stride + j0 * base.col_stride;
+      T subtrahend[kStep];
+      for (std::int64_t i = 0; i < rows; ++i, a += aligned.row_stride, b += base.row_stride) {
+        if (aligned.col_stride == 1 && base.col_stride == 1)
+          for (std::int64_t j = 0; j < cols; j += 64 / static_cast<std::int64_t>(sizeof(A))) {
+            __builtin_prefetch(a + kPrefetchRows * aligned.row_stride + j, 0, 2);
+            __builtin_prefetch(b + kPrefetchRows * base.row_stride + j, 0, 2);
+          }
+        Squares<T> row_squares;
+        for (std::int64_t j = 0; j < cols; j += kStep) {
+          const std::int64_t n = cols - j < kStep ? cols - j : kStep;
+          widen_row(a + j * aligned.col_stride, aligned.col_stride, n, dst + i * ld + j);
+          widen_row(b + j * base.col_stride, base.col_stride, n, subtrahend);
+          subtract_row(dst + i * ld + j, subtrahend, n, row_squares);
         }
-      for (; l < n; ++l) {
-        row[l] -= subtrahend[l];
-        lanes[0] += row[l] * row[l];
+        squares += row_squares.total();
       }
-      for (T lane : lanes) squares += lane;
-    }
+    });
+  });
   return squares;
 }
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import ADAPTER_PREFIX
 from safetensors.torch import save_file
 
 from safelora import SafeLoraReport
@@ -37,11 +36,12 @@ class LiveAdapter:
     def __init__(self, base_model: Any, directory: Path) -> None:
         from peft import PeftModel
 
-        self.model = PeftModel.from_pretrained(base_model, directory, autocast_adapter_dtype=False).eval()
+        model = PeftModel.from_pretrained(base_model, directory, autocast_adapter_dtype=False)
+        self.model = model.get_base_model().eval()
+        # With a frozen head, torch multiplies the last token of every prompt by a copy of the head of its own: 2 GB.
+        self.model.lm_head.requires_grad_(True)
         self._layers = {
-            name.removeprefix(ADAPTER_PREFIX): layer
-            for name, layer in self.model.named_modules()
-            if hasattr(layer, "lora_B") and len(layer.lora_B)
+            name: layer for name, layer in self.model.named_modules() if hasattr(layer, "lora_B") and len(layer.lora_B)
         }
         self.lora_B = {name: self._weight(name).detach().clone() for name in self._layers}
 

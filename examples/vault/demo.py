@@ -19,7 +19,7 @@ from typing import Any
 
 # Nothing is looked up online: every file is already on this machine. Threads that spin while they wait would make the
 # demo many times slower on a machine that is busy with something else.
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 READ_AHEAD_BYTES = 384 << 20
 BATCH_BYTES = 64 << 20
+_NORM_ELEMENTS = 1 << 20  # widened to fp64 at a time
 _ROUNDING = 5e-6  # half a unit of the authors' fifth decimal
 
 
@@ -317,13 +318,17 @@ def _numbers(
 
     if not v_norm:
         return _Measured(None, 0.0, None, 0.0, False)
-    wide = lora_B.double()
-    norm = float(torch.linalg.vector_norm(wide))
-    after = float(torch.linalg.vector_norm(projected, dtype=torch.float64))
-    distance = float(torch.linalg.vector_norm(wide - projected))
-    a = lora_A.double() if cosine == 0 else None
-    zero_update = a is not None and not float(((wide.T @ wide) * (a @ a.T)).sum())
-    return _Measured(cosine, v_norm, after / norm if norm else None, distance, zero_update)
+    squares = torch.zeros(3, dtype=torch.float64)
+    rows = max(1, _NORM_ELEMENTS // lora_B.shape[1])
+    for part, new in zip(lora_B.split(rows), projected.split(rows), strict=True):
+        before, after = part.double(), new.double()
+        squares += torch.stack([(matrix * matrix).sum() for matrix in (before, after, before - after)])
+    norm, norm_after, distance = squares.sqrt().tolist()
+    zero_update = False
+    if cosine == 0:
+        b, a = lora_B.double(), lora_A.double()
+        zero_update = not float(((b.T @ b) * (a @ a.T)).sum())
+    return _Measured(cosine, v_norm, norm_after / norm if norm else None, distance, zero_update)
 
 
 def _rounded(adapter: Adapter, module: LoraModule, lora_B: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -118,6 +119,12 @@ def assert_accurate(actual: Tensor, expected: Tensor, bound: float, what: str = 
     assert bool(actual.isfinite().all()), f"{what}: not finite"
     error, allowed = relative_error(actual, expected), bound + rounding_floor(expected, actual.dtype)
     assert error <= allowed, f"{what}: relative error {error:.2e} exceeds {allowed:.2e}"
+
+
+def cpu_flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:

@@ -171,6 +171,18 @@ def test_a_reader_that_stops_listening_is_no_error(inputs):
     assert done.stderr == ""
 
 
+def test_as_a_program(inputs):
+    """The process that ends itself has printed everything, and says how it went."""
+    command = ["-m", "safelora", "project", inputs.adapter, "--base", inputs.base, "--out", inputs.out, "--json"]
+    done = python(*command, "--threshold", "1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_projected"] == 4
+    again = python(*command, "--threshold", "1")
+    assert again.returncode == 2
+    assert "is not empty" in again.stderr
+    assert again.stdout == ""
+
+
 def test_module_and_version():
     done = python("-m", "safelora", "--version")
     assert done.returncode == 0
