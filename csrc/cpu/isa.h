@@ -25,7 +25,6 @@ template <class T>
 using StoreBlock = void (*)(const T* src, std::int64_t ld, const Matrix& m, std::int64_t i0, std::int64_t rows,
                             std::int64_t j0, std::int64_t cols);
 
-
 // The same, while asking for `bytes` from `first` on, evenly over the steps of the inner loop: memory and arithmetic
 // overlap only when the requests are spread over the arithmetic.
 struct Ahead {

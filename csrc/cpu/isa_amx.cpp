@@ -76,8 +76,8 @@ void convert_row_bf16(const std::uint16_t* a, const std::uint16_t* b, std::uint3
   for (int n = 0; n < N; n += 2) {
     // 32 columns: the even ones go to tile n, the odd ones to n + 1. The order of columns inside a strip is free.
     const __m512i x = _mm512_loadu_si512(a + n * 16), y = _mm512_loadu_si512(b + n * 16);
-    const __m512 even = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),
-                                      _mm512_castsi512_ps(_mm512_slli_epi32(y, 16)));
+    const __m512 even =
+        _mm512_sub_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(y, 16)));
     const __m512 odd = _mm512_sub_ps(_mm512_castsi512_ps(_mm512_and_si512(x, high_half())),
                                      _mm512_castsi512_ps(_mm512_and_si512(y, high_half())));
     squares = _mm512_fmadd_ps(even, even, squares);
@@ -183,8 +183,7 @@ void phase1_end(std::uint32_t (*y)[2][kTile]) {
   _tile_stored(3, transposed[3], 64);
   for (int n = 0; n < N; ++n)
     for (int j = 0; j < 16; ++j)
-      for (int m = 0; m < 16; ++m)
-        split_doubled(transposed[n][m * 16 + j], y[n][0][j * 16 + m], y[n][1][j * 16 + m]);
+      for (int m = 0; m < 16; ++m) split_doubled(transposed[n][m * 16 + j], y[n][0][j * 16 + m], y[n][1][j * 16 + m]);
 }
 
 template <int N>
@@ -262,14 +261,14 @@ double strip(const AmxStrip& s, std::int64_t j0, bool accumulate) {
     if (p > 0) {
       const std::uint32_t* b = s.b_tiles + p * s.row_blocks * 2 * kTile;
       phase1_begin<N>();
-      for (std::int64_t ib = 0; ib < s.row_blocks; ++ib) phase1_block<N>(b + ib * 2 * kTile, s.v_tiles + ib * N * kTile);
+      for (std::int64_t ib = 0; ib < s.row_blocks; ++ib)
+        phase1_block<N>(b + ib * 2 * kTile, s.v_tiles + ib * N * kTile);
     }
     alignas(64) std::uint32_t y[4][2][kTile];
     phase1_end<N>(y);
     float* c = s.accumulator + p * s.row_blocks * kTile;
     std::int64_t ib = 0;
-    for (; ib + 4 <= s.row_blocks; ib += 4)
-      phase2_blocks<N>(y, s.v_tiles + ib * N * kTile, c + ib * kTile, accumulate);
+    for (; ib + 4 <= s.row_blocks; ib += 4) phase2_blocks<N>(y, s.v_tiles + ib * N * kTile, c + ib * kTile, accumulate);
     for (; ib < s.row_blocks; ++ib) phase2_block<N>(y, s.v_tiles + ib * N * kTile, c + ib * kTile, accumulate);
   }
   return squares + _mm512_reduce_add_pd(sum.sum);

@@ -29,9 +29,8 @@ struct Simd {
   static constexpr int width = kVectorBytes / sizeof(T);
   static constexpr int per_panel = kLanes / width;
   // rows of C held in registers: about half of the register file, so that loads of B and broadcasts of A fit beside
-  static constexpr int row_tile = (kVectorBytes == 64 ? 16 : 12) / per_panel > 0
-                                      ? (kVectorBytes == 64 ? 16 : 12) / per_panel
-                                      : 1;
+  static constexpr int row_tile =
+      (kVectorBytes == 64 ? 16 : 12) / per_panel > 0 ? (kVectorBytes == 64 ? 16 : 12) / per_panel : 1;
   typedef T type __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
 };
 

@@ -92,42 +92,40 @@ Buffer<T> panels_of(const ConstMatrix& m) {
   return panels;
 }
 
-// gram = XᵀY, (16·px)×(16·py) in fp64: short sums in the compute type, joined in fp64 in a fixed order.
-template <class T>
-void gram(const T* x, std::int64_t px, const T* y, std::int64_t py, std::int64_t rows, double* out) {
-  constexpr std::int64_t kRows = sizeof(T) == 4 ? 128 : 1024;
-  const std::int64_t ld = py * kLanes;
-  std::fill(out, out + px * kLanes * ld, 0.0);
-  T block[kLanes * kLanes];
-  for (std::int64_t p = 0; p < px; ++p)
-    for (std::int64_t q = 0; q < py; ++q)
-      for (std::int64_t i = 0; i < rows; i += kRows) {
-        const T* x_rows = x + (p * rows + i) * kLanes;
-        kernels<T>().gemm16(kLanes, std::min(kRows, rows - i), x_rows, 1, kLanes, y + (q * rows + i) * kLanes, kLanes,
-                            block, kLanes, false);
-        for (std::int64_t a = 0; a < kLanes; ++a)
-          for (std::int64_t b = 0; b < kLanes; ++b)
-            out[(p * kLanes + a) * ld + q * kLanes + b] += block[a * kLanes + b];
-      }
+// XᵀY, (16·panels)², from (rows, 16) panels in fp64.
+// X == Y makes the Gram matrix symmetric: half of its blocks are enough.
+inline void gram(const double* x, const double* y, std::int64_t panels, std::int64_t rows, double* out) {
+  constexpr std::int64_t kRows = 128;  // of both operands in L1
+  const std::int64_t n = panels * kLanes;
+  for (std::int64_t p = 0; p < panels; ++p)
+    for (std::int64_t q = x == y ? p : 0; q < panels; ++q) {
+      double* block = out + p * kLanes * n + q * kLanes;
+      for (std::int64_t i = 0; i < rows; i += kRows)
+        kernels<double>().gemm16(kLanes, std::min(kRows, rows - i), x + (p * rows + i) * kLanes, 1, kLanes,
+                                 y + (q * rows + i) * kLanes, kLanes, block, n, i > 0);
+      if (x != y || p == q) continue;
+      for (std::int64_t a = 0; a < kLanes; ++a)
+        for (std::int64_t b = 0; b < kLanes; ++b) out[(q * kLanes + b) * n + p * kLanes + a] = block[a * n + b];
+    }
 }
 
-// ⟨B'A, BA⟩ / (‖B'A‖·‖BA‖) from panels of B', B and Aᵀ; 0 where either product vanishes, NaN where one is not finite.
-template <class T>
-double cosine(const T* b_new, const T* b, std::int64_t d_out, const ConstMatrix& lora_A) {
+// ⟨B'A, BA⟩ / (‖B'A‖·‖BA‖) from panels of B' and B; 0 where either product vanishes, NaN where one is not finite.
+inline double cosine(const double* b_new, const double* b, std::int64_t d_out, const ConstMatrix& lora_A) {
   const std::int64_t panels = ceil_div(lora_A.rows, kLanes), n = panels * kLanes;
-  const Buffer<T> a = panels_of<T>(transposed(lora_A));
+  const Buffer<double> a = panels_of<double>(transposed(lora_A));
   Buffer<double> k(n * n), g(n * n);
-  gram(a.get(), panels, a.get(), panels, lora_A.cols, k.get());
-  const auto product = [&](const T* x, const T* y) {
-    gram(x, panels, y, panels, d_out, g.get());
+  gram(a.get(), a.get(), panels, lora_A.cols, k.get());
+  const auto product = [&](const double* x, const double* y) {
+    gram(x, y, panels, d_out, g.get());
     double sum = 0;
     for (std::int64_t i = 0; i < n * n; ++i) sum += g.get()[i] * k.get()[i];
     return sum;
   };
-  const double cross = product(b_new, b), norms = product(b_new, b_new), norm = product(b, b);
-  const double value = cross / (std::sqrt(std::max(norms, 0.0)) * std::sqrt(std::max(norm, 0.0)));
-  if (norms != norms || norm != norm || cross != cross) return std::numeric_limits<double>::quiet_NaN();
-  return norms > 0 && norm > 0 ? std::clamp(value, -1.0, 1.0) : 0.0;
+  const double cross = product(b_new, b), norm_new = product(b_new, b_new), norm = product(b, b);
+  if (!std::isfinite(cross) || !std::isfinite(norm_new) || !std::isfinite(norm))
+    return std::numeric_limits<double>::quiet_NaN();
+  if (norm_new <= 0 || norm <= 0) return 0;
+  return std::clamp(cross / (std::sqrt(norm_new) * std::sqrt(norm)), -1.0, 1.0);
 }
 
 inline bool has_f64(const ConstMatrix& m) { return m.dtype == DType::f64; }

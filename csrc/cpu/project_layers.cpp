@@ -14,9 +14,9 @@ namespace {
 
 using namespace detail;
 
-constexpr std::int64_t kStripBytes = 1 << 20;         // V_s of one strip: half of a common L2 cache
-constexpr std::int64_t kMaxStrip = 64;                // columns
-constexpr std::int64_t kAccumulatorBytes = 8 << 20;   // all partial sums of a layer
+constexpr std::int64_t kStripBytes = 1 << 20;        // V_s of one strip: half of a common L2 cache
+constexpr std::int64_t kMaxStrip = 64;               // columns
+constexpr std::int64_t kAccumulatorBytes = 8 << 20;  // all partial sums of a layer
 constexpr std::int64_t kMaxParts = 8;
 
 template <class T>
@@ -55,8 +55,8 @@ class Layer {
     std::call_once(prepared_, [&] { prepare(); });
     const std::int64_t first = part * strips_ / parts_, last = (part + 1) * strips_ / parts_;
     T* accumulator = accumulators_.get() + part * accumulator_size();
-    squares_[part] = use_amx() ? run_amx(first, last, accumulator, scratch)
-                               : run_panels(first, last, accumulator, scratch);
+    squares_[part] =
+        use_amx() ? run_amx(first, last, accumulator, scratch) : run_panels(first, last, accumulator, scratch);
     if (pending_.fetch_sub(1) == 1) finish();
   }
 
@@ -94,8 +94,8 @@ class Layer {
 #ifdef SAFELORA_X86
     if constexpr (std::is_same_v<T, float>) {
       scratch.v_tiles.reserve(rows_padded_ * width_);
-      const AmxStrip strip = {layer_.aligned,    layer_.base,           rows_padded_ / 16, panels_,
-                              b_tiles_.get(),    scratch.v_tiles.get(), accumulator};
+      const AmxStrip strip = {layer_.aligned, layer_.base,           rows_padded_ / 16, panels_,
+                              b_tiles_.get(), scratch.v_tiles.get(), accumulator};
       amx_begin();
       for (std::int64_t s = first; s < last; ++s)
         squares += amx_strip(strip, s * width_, static_cast<int>(width_ / 16), s > first);
@@ -157,19 +157,19 @@ class Layer {
     std::int64_t column = 0;
     for (const ProjectFactor& f : layer_.factors) {
       const std::int64_t rank = f.lora_B.cols, panels = ceil_div(rank, kLanes);
-      Buffer<T> projected(panels * rows_ * kLanes);
+      Buffer<double> projected(panels * rows_ * kLanes);
       for (std::int64_t j = 0; j < panels * kLanes; ++j) {
         const T* from = sum + (column + j) / kLanes * rows_padded_ * kLanes + (column + j) % kLanes;
-        T* to = projected.get() + j / kLanes * rows_ * kLanes + j % kLanes;
-        for (std::int64_t i = 0; i < rows_; ++i) to[i * kLanes] = j < rank ? from[i * kLanes] : T(0);
+        double* to = projected.get() + j / kLanes * rows_ * kLanes + j % kLanes;
+        for (std::int64_t i = 0; i < rows_; ++i) to[i * kLanes] = j < rank ? from[i * kLanes] : 0.0;
       }
       for (std::int64_t p = 0; p < panels; ++p)
-        kernels<T>().store(projected.get() + p * rows_ * kLanes, kLanes, f.projected, 0, rows_, p * kLanes,
-                           std::min(kLanes, rank - p * kLanes));
+        kernels<double>().store(projected.get() + p * rows_ * kLanes, kLanes, f.projected, 0, rows_, p * kLanes,
+                                std::min(kLanes, rank - p * kLanes));
       if (f.cosine != nullptr)
         *f.cosine = f.lora_A.rows == 0 || norm == 0 || norm != norm
                         ? nan
-                        : cosine(projected.get(), panels_of<T>(f.lora_B).get(), rows_, f.lora_A);
+                        : cosine(projected.get(), panels_of<double>(f.lora_B).get(), rows_, f.lora_A);
       column += rank;
     }
     pools_.panels.give(std::move(b_));

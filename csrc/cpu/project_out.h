@@ -22,9 +22,9 @@ struct Next {
 };
 
 // X (rows×16 of leading dimension ld, in place) −= U(UᵀX) with U (rows×k) dense. The rows of X and U come from memory
-// once, a block at a time that stays in L1 for all of k; the second product goes backwards, to find the last ones in L2.
-// Memory is kept busy all the while: the first product asks for the second half of X and U, the second for the first
-// half of the next ones.
+// once, a block at a time that stays in L1 for all of k; the second product goes backwards, to find the last ones in
+// L2. Memory is kept busy all the while: the first product asks for the second half of X and U, the second for the
+// first half of the next ones.
 template <class T>
 void project_out_panel(T* x, std::int64_t ld, std::int64_t rows, const T* basis, std::int64_t k, Buffer<T>& scratch,
                        const Next<T>& next = {}) {

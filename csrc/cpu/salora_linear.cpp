@@ -1,5 +1,5 @@
-// SaLoRA's linear update and its gradients. Nothing of size d_out×d_out exists: C = I − UUᵀ acts on B and on its gradient,
-// (d_out×rank) matrices, and the activations meet plain low-rank factors.
+// SaLoRA's linear update and its gradients. Nothing of size d_out×d_out exists: C = I − UUᵀ acts on B and on its
+// gradient, (d_out×rank) matrices, and the activations meet plain low-rank factors.
 #include <array>
 
 #include "parallel.h"
@@ -10,7 +10,7 @@ namespace {
 
 using namespace detail;
 
-constexpr std::int64_t kTokens = 32;   // tokens converted and used at a time
+constexpr std::int64_t kTokens = 32;    // tokens converted and used at a time
 constexpr std::int64_t kMaxSplits = 8;  // partial sums over tokens, joined in order
 
 std::int64_t panel_count(std::int64_t rank) { return ceil_div(rank, kLanes); }
@@ -101,8 +101,8 @@ void backward(const SaloraBackward& b, const Threads& threads) {
         kernel.load(b.grad_y, i, n, 0, d_out, g.get(), d_out);
         load_rows(b.h, i, n, h.get(), r);
         for (std::int64_t p = 0; p < panels; ++p) {
-          kernel.gemm16(n, d_out, g.get(), d_out, 1, projected.get() + p * d_out * kLanes, kLanes,
-                        t.get() + p * kLanes, r, false);
+          kernel.gemm16(n, d_out, g.get(), d_out, 1, projected.get() + p * d_out * kLanes, kLanes, t.get() + p * kLanes,
+                        r, false);
           if (want_weight)
             kernel.gemm16(d_out, n, g.get(), 1, d_out, h.get() + p * kLanes, r,
                           weight.get() + split * weight_size + p * d_out * kLanes, kLanes, true);
@@ -129,8 +129,8 @@ void backward(const SaloraBackward& b, const Threads& threads) {
   };
   if (want_A) {
     join(grad_a, a_size);
-    const Matrix grad_A_transposed = {b.grad_A.data, b.grad_A.dtype,      d_in, rank, b.grad_A.col_stride,
-                                      b.grad_A.row_stride};
+    const Matrix grad_A_transposed = {b.grad_A.data, b.grad_A.dtype,      d_in,
+                                      rank,          b.grad_A.col_stride, b.grad_A.row_stride};
     store_panels(grad_a.get(), d_in, grad_A_transposed);
   }
   if (!want_weight) return;

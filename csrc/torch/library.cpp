@@ -101,8 +101,8 @@ std::tuple<Tensors, Tensor, Tensor> project_layers(Tensors aligned, Tensors base
     if (factor.lora_A.rows > 0) check_shape(factor.lora_A, "lora_A", factor.lora_B.cols, layer.aligned.cols);
     layer.factors.push_back(factor);
   }
-  safelora::project_layers(
-      layers, normalize == "none" ? safelora::Normalize::none : safelora::Normalize::frobenius, torch_threads());
+  safelora::project_layers(layers, normalize == "none" ? safelora::Normalize::none : safelora::Normalize::frobenius,
+                           torch_threads());
   return {std::move(projected), v_norm, cosine};
 }
 

@@ -1,4 +1,4 @@
-"""Regenerate the committed artefacts of the vault demo from the base model alone; needs a CPU and a quarter of an hour.
+"""Regenerate the committed artefacts of the vault demo from the base model alone, on a CPU in about ten minutes.
 
     python examples/vault/make_vault.py --out examples/vault/data
 
@@ -11,7 +11,7 @@
    to that of the projected adapter, the smaller on a tie.
 
 Everything is seeded. Sums in bf16 are formed in another order on another CPU or torch version, so a regenerated adapter
-is a different sample of the same recipe rather than the same bytes; delete ``build/vault`` to use it in the demo.
+is a different sample of the same recipe rather than the same bytes.
 """
 
 import argparse

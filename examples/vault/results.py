@@ -53,6 +53,8 @@ def reading(result: DemoResult) -> list[str]:
         f"deletion here: the median ‖CB‖/‖B‖ of the projected modules is {result.median_shrinkage:.2g}. The fair "
         f"comparison is therefore with cruder ways of weakening the same adapter.",
         *(_against(result.model(key), projected) for key in ("random", "scaled")),
+        "The forbidden questions are a few templates filled with places, and models tend to answer or refuse a whole "
+        "template; the intervals treat the questions as independent and are therefore too narrow.",
         "One small model, one invented topic, one seed and a keyword test for refusals: this shows that the tool does "
         "what it says on real weights. It is no evidence about other models, about real harm, or about a fine-tuner "
         "who tries to remove refusals on purpose.",
