@@ -267,9 +267,10 @@ double strip(const AmxStrip& s, std::int64_t j0, bool accumulate) {
     alignas(64) std::uint32_t y[4][2][kTile];
     phase1_end<N>(y);
     float* c = s.accumulator + p * s.row_blocks * kTile;
-    std::int64_t ib = 0;
-    for (; ib + 4 <= s.row_blocks; ib += 4) phase2_blocks<N>(y, s.v_tiles + ib * N * kTile, c + ib * kTile, accumulate);
-    for (; ib < s.row_blocks; ++ib) phase2_block<N>(y, s.v_tiles + ib * N * kTile, c + ib * kTile, accumulate);
+    // backwards: what was converted last is still in L2
+    std::int64_t ib = s.row_blocks;
+    for (; ib % 4 != 0; --ib) phase2_block<N>(y, s.v_tiles + (ib - 1) * N * kTile, c + (ib - 1) * kTile, accumulate);
+    for (; ib > 0; ib -= 4) phase2_blocks<N>(y, s.v_tiles + (ib - 4) * N * kTile, c + (ib - 4) * kTile, accumulate);
   }
   return squares + _mm512_reduce_add_pd(sum.sum);
 }
