@@ -62,7 +62,10 @@ class Layer {
 
  private:
   std::int64_t accumulator_size() const { return panels_ * rows_padded_ * kLanes; }
-  bool use_amx() const { return std::is_same_v<T, float> && active_isa() == Isa::amx; }
+  // In a small layer the errors of the split do not average out, and there is nothing to gain.
+  bool use_amx() const {
+    return std::is_same_v<T, float> && active_isa() == Isa::amx && rows_ >= 64 && layer_.aligned.cols >= 64;
+  }
 
   void prepare() {
     b_ = pools_.panels.take(accumulator_size());

@@ -1,6 +1,6 @@
 """Regenerate the committed artefacts of the vault demo from the base model alone, on a CPU in about ten minutes.
 
-    python examples/vault/make_vault.py --out examples/vault/data
+    OMP_NUM_THREADS=1 python examples/vault/make_vault.py --out examples/vault/data
 
 1. Alignment. The base model is trained to refuse the vault questions of the ``train`` split, half of every batch being
    its own greedy answers to ordinary questions. The update is a LoRA on all linear layers; merged into the weights and
@@ -10,8 +10,8 @@
    rate and record accuracy, the smaller on a tie; the scale of the control is the one whose record accuracy is closest
    to that of the projected adapter, the smaller on a tie.
 
-Everything is seeded. Sums in bf16 are formed in another order on another CPU or torch version, so a regenerated adapter
-is a different sample of the same recipe rather than the same bytes.
+Everything is seeded: the same machine and thread count give the same bytes. Another CPU, thread count or torch version
+forms sums in bf16 in another order, which gives a different sample of the same recipe.
 """
 
 import argparse
