@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 import safelora_kernels as sk
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.ops import baselines  # noqa: E402
+from tests.ops import baselines
 
 MIB = 1 << 20
 
@@ -65,6 +66,11 @@ def projection_error(layer: sk.LayerFactors, projected: Tensor) -> float:
     return relative_error(projected, v @ (v.T @ layer.lora_B.double()) / v.norm())
 
 
+def each_alone(project: Callable[..., object], layers: Sequence[sk.LayerFactors]) -> None:
+    for layer in layers:
+        project(*layer)
+
+
 def bench_projection(console: Console, layers: list[sk.LayerFactors], rank: int, rounds: int, baseline: bool) -> float:
     d, count = layers[0].aligned.shape[0], len(layers)
     weights = [w for layer in layers for w in (layer.aligned, layer.base)]
@@ -72,20 +78,15 @@ def bench_projection(console: Console, layers: list[sk.LayerFactors], rank: int,
     error = projection_error(layers[-1], sk.project_layers(layers[-1:])[0].lora_B)
     if error > 1e-5:
         raise SystemExit(f"projection: relative error {error:.1e} against fp64 is over 1e-5; nothing is timed")
-    variants: dict[str, Callable[[], object]] = {
-        "read both weights": lambda: read_all(weights),
-        "safelora_kernels": lambda: sk.project_layers(layers),
-    }
-    seconds = interleaved(variants, rounds)
+    ours_call = partial(sk.project_layers, layers)
+    seconds = interleaved({"read both weights": partial(read_all, weights), "safelora_kernels": ours_call}, rounds)
     per_layer = {name: value / count for name, value in seconds.items()}
     if baseline:  # a few layers are enough: the baselines take each layer alone, and are slow
         for name, call, few in (
             ("best torch chain", baselines.torch_project, 4),
             ("published formulation", baselines.authors_project, 1),
         ):
-            few_seconds = interleaved(
-                {"ours": lambda: sk.project_layers(layers), name: lambda: [call(*w) for w in layers[:few]]}, 3
-            )
+            few_seconds = interleaved({"ours": ours_call, name: partial(each_alone, call, layers[:few])}, 3)
             per_layer[name] = few_seconds[name] / few
     table = Table(title=f"Projection: {count} layers of {d}×{d} bf16, rank {rank}, fp32 factors", title_justify="left")
     for column in ("variant", "ms per layer", "GB/s of weights", "× reading", "speed-up of ours"):

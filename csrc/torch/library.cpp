@@ -167,6 +167,14 @@ ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+void check_salora(const ConstMatrix& x, const ConstMatrix& output, const char* output_name, const ConstMatrix& lora_A,
+                  const ConstMatrix& lora_B, const ConstMatrix& basis) {
+  check_shape(output, output_name, x.rows, output.cols);
+  check_shape(lora_A, "lora_A", lora_A.rows, x.cols);
+  check_shape(lora_B, "lora_B", output.cols, lora_A.rows);
+  check_shape(basis, "basis", output.cols, basis.cols);
+}
+
 std::tuple<Tensor, Tensor, Tensor> salora_linear(Tensor x, Tensor base_output, Tensor lora_A, Tensor lora_B,
                                                  Tensor basis, double scaling) {
   safelora::SaloraForward f;
@@ -176,11 +184,8 @@ std::tuple<Tensor, Tensor, Tensor> salora_linear(Tensor x, Tensor base_output, T
   f.lora_B = view(lora_B, "lora_B");
   f.basis = view(basis, "basis");
   f.scaling = scaling;
-  const std::int64_t tokens = f.x.rows, d_in = f.x.cols, d_out = f.base_output.cols, rank = f.lora_A.rows;
-  check_shape(f.base_output, "base_output", tokens, d_out);
-  check_shape(f.lora_A, "lora_A", rank, d_in);
-  check_shape(f.lora_B, "lora_B", d_out, rank);
-  check_shape(f.basis, "basis", d_out, f.basis.cols);
+  const std::int64_t tokens = f.x.rows, d_out = f.base_output.cols, rank = f.lora_A.rows;
+  check_salora(f.x, f.base_output, "base_output", f.lora_A, f.lora_B, f.basis);
   Tensor y = empty_like_rows(base_output, {tokens, d_out});
   Tensor h = empty_like_rows(x, {tokens, rank}, compute_type(x));
   Tensor projected_B = empty_like_rows(lora_B, {d_out, rank}, compute_type(x));
@@ -204,13 +209,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> salora_linear_backward(Tensor dy, Ten
   b.projected_B = view(projected_B, "projected_B");
   b.basis = view(basis, "basis");
   b.scaling = scaling;
-  const std::int64_t tokens = b.x.rows, d_in = b.x.cols, d_out = b.grad_y.cols, rank = b.lora_A.rows;
-  check_shape(b.grad_y, "dy", tokens, d_out);
-  check_shape(b.h, "h", tokens, rank);
-  check_shape(b.lora_A, "lora_A", rank, d_in);
-  check_shape(b.lora_B, "lora_B", d_out, rank);
-  check_shape(b.projected_B, "projected_B", d_out, rank);
-  check_shape(b.basis, "basis", d_out, b.basis.cols);
+  check_salora(b.x, b.grad_y, "dy", b.lora_A, b.lora_B, b.basis);
+  check_shape(b.h, "h", b.x.rows, b.lora_A.rows);
+  check_shape(b.projected_B, "projected_B", b.lora_B.rows, b.lora_B.cols);
   const Tensor* owners[] = {&x, &lora_A, &lora_B, &basis};
   Matrix* views[] = {&b.grad_x, &b.grad_A, &b.grad_B, &b.grad_basis};
   Tensors grads;
