@@ -1,8 +1,8 @@
 """Speed of the CPU kernels beside the published formulation, stock torch and the memory of this machine.
 
-Every row is checked against fp64 before it is timed, and a row that fails is not timed. Within a section all variants
-take turns in one process; the medians of their times are compared as ratios. The limit is the time that the same threads
-take to read (and write) the operands once.
+Every row is checked against fp64 before it is timed; where the check fails nothing is timed. The variants of a section
+take turns in one process, and the medians of their times are compared as ratios. The limit is the time in which the
+same threads read (and write) the operands once.
 """
 
 from __future__ import annotations

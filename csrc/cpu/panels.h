@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <mutex>
@@ -25,16 +26,19 @@ class Buffer {
  public:
   explicit Buffer(std::int64_t n = 0) { reserve(n); }
   void reserve(std::int64_t n) {
-    if (n <= size_) return;
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, static_cast<std::size_t>(round_up(n * sizeof(T), 64)))));
-    if (!data_) throw std::bad_alloc();
-    size_ = n;
+    if (n > size_) allocate(n);
+    if (debug() && size_ > 0) std::memset(data_.get(), 0xFF, size_ * sizeof(T));  // NaN in every floating type
   }
   std::int64_t size() const { return size_; }
   T* get() { return data_.get(); }
   const T* get() const { return data_.get(); }
 
  private:
+  void allocate(std::int64_t n) {
+    data_.reset(static_cast<T*>(std::aligned_alloc(64, static_cast<std::size_t>(round_up(n * sizeof(T), 64)))));
+    if (!data_) throw std::bad_alloc();
+    size_ = n;
+  }
   struct Free {
     void operator()(T* p) const { std::free(p); }
   };

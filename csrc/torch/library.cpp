@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -53,7 +54,9 @@ void check_length(std::size_t got, std::size_t expected, const char* name) {
 }
 
 Tensor empty_like_rows(const Tensor& like, std::vector<std::int64_t> shape, std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, shape, dtype);
+  Tensor result = torch::stable::new_empty(like, shape, dtype);
+  if (safelora::debug()) torch::stable::fill_(result, std::numeric_limits<double>::quiet_NaN());
+  return result;
 }
 
 Tensor fp64_vector(const Tensors& like, std::size_t n) {

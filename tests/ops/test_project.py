@@ -70,6 +70,18 @@ def test_shapes(backend: str, shape: tuple[int, int, int], weight: torch.dtype) 
     check(random_layer(*shape, weight=weight), backend)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4, 16, 32, 63])
+def test_small_layers_do_not_rely_on_errors_averaging_out(backend: str, size: int) -> None:
+    for seed in range(40):
+        torch.manual_seed(seed)
+        layer = random_layer(size, size, 1)
+        v = truth.difference(layer.aligned, layer.base)
+        expected = truth.project(layer.aligned, layer.base, layer.lora_B)
+        error = sk.project_lowrank(*layer, backend=backend).lora_B.double() - expected  # type: ignore[union-attr]
+        scale = (v.abs() @ (v.abs().T @ layer.lora_B.double().abs())) / v.norm()
+        assert bool((error.abs() <= 2e-6 * scale).all())
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 48, 64, 65, 200])
 def test_ranks(backend: str, rank: int) -> None:
     check(random_layer(150, 310, rank, torch.bfloat16), backend)

@@ -51,6 +51,9 @@ SAFELORA_API Isa active_isa();
 SAFELORA_API const char* isa_name(Isa isa);
 SAFELORA_API bool isa_supported(Isa isa);
 
+// SAFELORA_DEBUG=1: scratch memory starts as NaN, so that an entry read before it is written shows in the result.
+SAFELORA_API bool debug();
+
 // One adapter over one weight pair. lora_B, projected: (d_out, rank); lora_A: (rank, d_in), rows == 0 if absent.
 struct ProjectFactor {
   ConstMatrix lora_B, lora_A;
