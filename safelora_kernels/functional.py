@@ -75,7 +75,7 @@ def project_layers(
     Args:
         layers: :class:`LayerFactors`, or tuples in that order: ``aligned`` and ``base`` (d_out, d_in), ``lora_B``
             (d_out, r), ``lora_A`` (r, d_in) or None. Lists of ``lora_B`` and ``lora_A`` are several adapters over one
-            weight pair, which is then read once.
+            weight pair, whose reads are then shared.
         normalize: "frobenius" or "none".
         out_dtype: dtype of ``B'``; by default that of each ``lora_B``.
         backend: name of the backend to use; by default the best one for the device.

@@ -54,18 +54,19 @@ const IsaTable& scalar_table();
 const IsaTable& avx2_table();
 const IsaTable& avx512_table();
 
-// The AMX strip: see isa_amx.cpp. Scratch sizes in 32-bit words for a strip of `tiles` × 16 columns.
-struct AmxStrip {
+// Two passes over a layer on AMX, a range of blocks of 16 rows at a time: see isa_amx.cpp.
+struct AmxLayer {
   ConstMatrix aligned, base;
   std::int64_t row_blocks, panels;
-  const std::uint32_t* b_tiles;  // [panel][row block][2][256]
-  std::uint32_t* v_tiles;        // [row block][tiles][256]
-  float* accumulator;            // [panel][row block][256]
+  const float* b;  // [panel][row block][16][16]
 };
-void amx_pack_b(const float* panel, std::int64_t rows, std::uint32_t* tiles);
-double amx_strip(const AmxStrip& s, std::int64_t j0, int tiles, bool accumulate);
-void amx_begin();
-void amx_end();
+std::int64_t amx_y_size(const AmxLayer& layer);  // entries of Y = VᵀB
+// The blocks' part of Y, in an order of its own; returns their part of ‖V‖². b_tiles: 512 words per panel of scratch.
+double amx_pass1(const AmxLayer& layer, std::int64_t first, std::int64_t last, std::uint32_t* b_tiles, float* y);
+// Adds the parts of Y in order, into the operands of the second pass.
+void amx_join(const AmxLayer& layer, const float* parts, std::int64_t count, std::uint32_t* y_tiles);
+// The blocks' rows of V·Y: out[panel][row block][16][16].
+void amx_pass2(const AmxLayer& layer, std::int64_t first, std::int64_t last, const std::uint32_t* y_tiles, float* out);
 #endif
 
 template <class T>

@@ -1,10 +1,13 @@
-// B' = V(VᵀB)/‖V‖_F for many layers, each weight read once.
+// B' = V(VᵀB)/‖V‖_F for many layers.
 //
-// V VᵀB = Σ_s V_s(V_sᵀB) over column strips s: a strip of both weights is read and subtracted once, V_s stays in cache
-// for both products. A layer is cut into parts of whole strips, each with its own accumulator; the parts are added in
-// order when the last one is done. Strips, parts and their order depend on the shapes alone.
+// On AVX-512 and below each weight is read once: V VᵀB = Σ_s V_s(V_sᵀB) over column strips s; a strip of both weights
+// is subtracted once and V_s stays in cache for both products. Each part of a layer is a run of strips with an
+// accumulator of its own; the parts are added in order when the last one is done. AMX is so fast that strips, which
+// hardware prefetchers do not follow, would leave it waiting: there Y = VᵀB and V·Y are two passes over the rows, and
+// each part is a run of rows. Parts and their order depend on the shapes alone.
 #include <atomic>
 #include <mutex>
+#include <thread>
 
 #include "panels.h"
 #include "parallel.h"
@@ -38,38 +41,50 @@ class Layer {
     while (width_ > 16 && rows_padded_ * width_ * static_cast<std::int64_t>(sizeof(T)) > kStripBytes) width_ /= 2;
     while (width_ > 16 && width_ / 2 >= layer.aligned.cols) width_ /= 2;
     strips_ = ceil_div(layer.aligned.cols, width_);
-    const std::int64_t by_memory = kAccumulatorBytes / std::max<std::int64_t>(accumulator_size() * sizeof(T), 1);
-    parts_ = std::clamp<std::int64_t>(std::min(kMaxParts, by_memory), 1, std::max<std::int64_t>(strips_, 1));
-    pending_ = parts_;
+    std::int64_t size = accumulator_size(), units = strips_;
+#ifdef SAFELORA_X86
+    if (use_amx()) {
+      amx_ = {layer.aligned, layer.base, rows_padded_ / kLanes, panels_, nullptr};
+      size = amx_y_size(amx_);
+      units = amx_.row_blocks;
+    }
+#endif
+    const std::int64_t by_memory = kAccumulatorBytes / std::max<std::int64_t>(size * sizeof(T), 1);
+    parts_ = std::clamp<std::int64_t>(std::min(kMaxParts, by_memory), 1, std::max<std::int64_t>(units, 1));
+    pending_[0] = pending_[1] = parts_;
   }
 
   std::int64_t parts() const { return parts_; }
+  std::int64_t phases() const { return use_amx() ? 2 : 1; }
 
   struct Scratch {
     Buffer<T> v, y;
-    Buffer<std::uint32_t> v_tiles;
+    Buffer<std::uint32_t> b_tiles;
   };
 
-  // Part `part` into its accumulator; whoever finishes the layer's last part also finishes the layer.
-  void run(std::int64_t part, Scratch& scratch) {
+  // One part of one phase; whoever finishes the last part of the last phase also finishes the layer. Phase 1 waits for
+  // phase 0, whose parts were all handed out before: `abandoned` tells that one of them failed.
+  void run(std::int64_t phase, std::int64_t part, Scratch& scratch, const std::atomic<bool>& abandoned) {
     std::call_once(prepared_, [&] { prepare(); });
+#ifdef SAFELORA_X86
+    if constexpr (std::is_same_v<T, float>)
+      if (use_amx()) return run_amx(phase, part, scratch, abandoned);
+#endif
     const std::int64_t first = part * strips_ / parts_, last = (part + 1) * strips_ / parts_;
-    T* accumulator = accumulators_.get() + part * accumulator_size();
-    squares_[part] =
-        use_amx() ? run_amx(first, last, accumulator, scratch) : run_panels(first, last, accumulator, scratch);
-    if (pending_.fetch_sub(1) == 1) finish();
+    squares_[part] = run_panels(first, last, accumulators_.get() + part * accumulator_size(), scratch);
+    if (pending_[phase].fetch_sub(1) == 1) finish(parts_);
   }
 
  private:
   std::int64_t accumulator_size() const { return panels_ * rows_padded_ * kLanes; }
   // In a small layer the errors of the split do not average out, and there is nothing to gain.
   bool use_amx() const {
-    return std::is_same_v<T, float> && active_isa() == Isa::amx && rows_ >= 64 && layer_.aligned.cols >= 64;
+    return std::is_same_v<T, float> && active_isa() == Isa::amx && rows_ >= 128 && layer_.aligned.cols >= 128;
   }
 
   void prepare() {
     b_ = pools_.panels.take(accumulator_size());
-    accumulators_ = pools_.panels.take(parts_ * accumulator_size());
+    accumulators_ = pools_.panels.take((use_amx() ? 1 : parts_) * accumulator_size());
     T* dense = b_.get();
     std::fill(dense, dense + accumulator_size(), T(0));
     std::int64_t column = 0;
@@ -83,30 +98,35 @@ class Layer {
 #ifdef SAFELORA_X86
     if constexpr (std::is_same_v<T, float>)
       if (use_amx()) {
-        const std::int64_t tiles = rows_padded_ * 2 * kLanes;
-        b_tiles_ = pools_.tiles.take(panels_ * tiles);
-        for (std::int64_t p = 0; p < panels_; ++p)
-          amx_pack_b(dense + p * rows_padded_ * kLanes, rows_padded_, b_tiles_.get() + p * tiles);
+        amx_.b = dense;
+        y_parts_ = pools_.panels.take(parts_ * amx_y_size(amx_));
+        y_tiles_ = pools_.tiles.take(amx_y_size(amx_));
       }
 #endif
   }
 
-  double run_amx([[maybe_unused]] std::int64_t first, [[maybe_unused]] std::int64_t last,
-                 [[maybe_unused]] T* accumulator, [[maybe_unused]] Scratch& scratch) {
-    double squares = 0;
 #ifdef SAFELORA_X86
-    if constexpr (std::is_same_v<T, float>) {
-      scratch.v_tiles.reserve(rows_padded_ * width_);
-      const AmxStrip strip = {layer_.aligned, layer_.base,           rows_padded_ / 16, panels_,
-                              b_tiles_.get(), scratch.v_tiles.get(), accumulator};
-      amx_begin();
-      for (std::int64_t s = first; s < last; ++s)
-        squares += amx_strip(strip, s * width_, static_cast<int>(width_ / 16), s > first);
-      amx_end();
+  void run_amx(std::int64_t phase, std::int64_t part, Scratch& scratch, const std::atomic<bool>& abandoned) {
+    if (phase == 0) {
+      const std::int64_t size = amx_y_size(amx_);
+      scratch.b_tiles.reserve(panels_ * 512);
+      squares_[part] = amx_pass1(amx_, first_block(part), first_block(part + 1), scratch.b_tiles.get(),
+                                 y_parts_.get() + part * size);
+      if (pending_[0].fetch_sub(1) != 1) return;
+      amx_join(amx_, y_parts_.get(), parts_, y_tiles_.get());
+      joined_ = true;
+      return;
     }
-#endif
-    return squares;
+    while (!joined_) {
+      if (abandoned) return;
+      std::this_thread::yield();
+    }
+    const std::int64_t backwards = parts_ - 1 - part;  // the rows read last are still in a shared cache
+    amx_pass2(amx_, first_block(backwards), first_block(backwards + 1), y_tiles_.get(), accumulators_.get());
+    if (pending_[1].fetch_sub(1) == 1) finish(1);
   }
+  std::int64_t first_block(std::int64_t part) const { return part * amx_.row_blocks / parts_; }
+#endif
 
   double run_panels(std::int64_t first, std::int64_t last, T* accumulator, Scratch& scratch) {
     constexpr std::int64_t kRows = 64;  // rows of V and B that stay in L1 between conversion and first product
@@ -141,7 +161,7 @@ class Layer {
     return squares;
   }
 
-  void finish() {
+  void finish(std::int64_t accumulators) {
     constexpr double nan = std::numeric_limits<double>::quiet_NaN();
     double squares = 0;
     for (std::int64_t p = 0; p < parts_; ++p) squares += squares_[p];
@@ -151,7 +171,7 @@ class Layer {
     const double scale = norm == 0 ? 0 : normalize_ == Normalize::frobenius ? 1 / norm : norm == norm ? 1 : nan;
 
     T* sum = accumulators_.get();
-    for (std::int64_t p = 1; p < parts_; ++p) {
+    for (std::int64_t p = 1; p < accumulators; ++p) {
       const T* part = accumulators_.get() + p * accumulator_size();
       for (std::int64_t i = 0; i < accumulator_size(); ++i) sum[i] += part[i];
     }
@@ -177,18 +197,23 @@ class Layer {
     }
     pools_.panels.give(std::move(b_));
     pools_.panels.give(std::move(accumulators_));
-    pools_.tiles.give(std::move(b_tiles_));
+    pools_.panels.give(std::move(y_parts_));
+    pools_.tiles.give(std::move(y_tiles_));
   }
 
   const ProjectLayer& layer_;
   const Normalize normalize_;
   Pools<T>& pools_;
   std::int64_t ranks_ = 0, panels_ = 0, rows_ = 0, rows_padded_ = 0, width_ = 0, strips_ = 0, parts_ = 0;
-  Buffer<T> b_, accumulators_;
-  Buffer<std::uint32_t> b_tiles_;
+  Buffer<T> b_, accumulators_, y_parts_;
+  Buffer<std::uint32_t> y_tiles_;
+#ifdef SAFELORA_X86
+  AmxLayer amx_ = {};
+#endif
+  std::atomic<bool> joined_{false};
   double squares_[kMaxParts] = {};
   std::once_flag prepared_;
-  std::atomic<std::int64_t> pending_{0};
+  std::atomic<std::int64_t> pending_[2] = {};
 };
 
 bool needs_f64(const ProjectLayer& layer) {
@@ -199,21 +224,33 @@ bool needs_f64(const ProjectLayer& layer) {
 
 template <class T>
 void run_layers(const std::vector<ProjectLayer>& layers, Normalize normalize, const Threads& threads) {
-  struct Part {
+  struct Task {
     Layer<T>* layer;
-    std::int64_t index;
+    std::int64_t phase, part;
   };
   Pools<T> pools;
   std::vector<std::unique_ptr<Layer<T>>> plans;
-  std::vector<Part> parts;
+  std::vector<Task> tasks;
+  const auto push = [&](Layer<T>& layer, std::int64_t phase) {
+    for (std::int64_t p = 0; phase < layer.phases() && p < layer.parts(); ++p) tasks.push_back({&layer, phase, p});
+  };
+  // A second phase comes after the first of the next layer: nobody waits for the end of its own first phase.
   for (const ProjectLayer& layer : layers) {
     if (needs_f64(layer) != std::is_same_v<T, double>) continue;
     plans.push_back(std::make_unique<Layer<T>>(layer, normalize, pools));
-    for (std::int64_t p = 0; p < plans.back()->parts(); ++p) parts.push_back({plans.back().get(), p});
+    push(*plans.back(), 0);
+    if (plans.size() > 1) push(*plans[plans.size() - 2], 1);
   }
-  run_tasks(threads, static_cast<std::int64_t>(parts.size()), [&](const NextTask& next) {
+  if (!plans.empty()) push(*plans.back(), 1);
+  std::atomic<bool> abandoned{false};
+  run_tasks(threads, static_cast<std::int64_t>(tasks.size()), [&](const NextTask& next) {
     typename Layer<T>::Scratch scratch;
-    for (std::int64_t i; (i = next()) >= 0;) parts[i].layer->run(parts[i].index, scratch);
+    try {
+      for (std::int64_t i; (i = next()) >= 0;) tasks[i].layer->run(tasks[i].phase, tasks[i].part, scratch, abandoned);
+    } catch (...) {
+      abandoned = true;
+      throw;
+    }
   });
 }
 

@@ -1,6 +1,5 @@
 // SaLoRA's linear update and its gradients. Nothing of size d_out×d_out exists: C = I − UUᵀ acts on B and on its
 // gradient, (d_out×rank) matrices, and the activations meet plain low-rank factors.
-#include <array>
 
 #include "parallel.h"
 #include "project_out.h"

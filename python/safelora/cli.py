@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .report import SafeLoraReport
 
-_DESCRIPTION = "Restore the alignment that fine-tuning wore down: one pass over the weights, no training."
+_DESCRIPTION = "Restore the alignment that fine-tuning wore down: from the weights alone, no training."
 _EPILOG = """\
 examples:
   see how far each module of an adapter strays from the alignment direction (writes nothing):
