@@ -522,7 +522,8 @@ def environment() -> dict[str, str]:
 @pytest.mark.parametrize(("stop", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
 def test_a_killed_run_leaves_no_output_and_can_be_repeated(inputs, tmp_path, stop, status):
     """The run is stopped while its output is half written: it waits there for a file that never comes."""
-    code = (
+    code = (  # a background job's children ignore SIGINT unless told otherwise
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, time, safelora.output as o; real = o.StagedAdapter.replace\n"
         "def replace(self, name, tensor):\n"
         "    real(self, name, tensor); print('half', flush=True); time.sleep(100)\n"
