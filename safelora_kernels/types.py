@@ -16,7 +16,7 @@ class LayerFactors(NamedTuple):
     """One weight pair with the LoRA factors trained on it.
 
     ``aligned`` and ``base`` are ``(d_out, d_in)``, ``lora_B`` is ``(d_out, r)`` and ``lora_A`` is ``(r, d_in)``. Lists
-    of ``lora_B`` and ``lora_A`` stand for several adapters over the same pair: the reads of the weights are then shared.
+    of ``lora_B`` and ``lora_A`` stand for several adapters over the same pair, which share the reads of the weights.
     """
 
     aligned: Tensor
