@@ -16,7 +16,12 @@ os.environ.setdefault("SAFELORA_DEBUG", "1")
 
 import safelora_kernels as sk
 
-AVAILABLE = [name for name, status in sk.backends().items() if status.available]
+# SAFELORA_TEST_DEVICE=cuda runs the operators' tests on a GPU.
+DEVICE = os.environ.get("SAFELORA_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
+_PROBE = torch.zeros(1)
+AVAILABLE = [name for name in sk.backends() if sk.explain("select_layers", _PROBE, threshold=0.0, backend=name).backend]
 PACKAGES = ("safelora_kernels", "safelora")
 
 
