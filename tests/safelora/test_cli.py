@@ -74,7 +74,8 @@ def test_reports(inputs, tmp_path):
     assert main([*command, *(word for file in files for word in ("--report", str(file)))]) == 0
     page, data, picture = files
     assert page.read_text().startswith("<!doctype html>")
-    assert page.read_text().count('class="projected"') == 2 * json.loads(data.read_text())["num_projected"]
+    # A dot in each figure, a cell of the picture and a row of the table.
+    assert page.read_text().count('class="projected"') == 4 * json.loads(data.read_text())["num_projected"]
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
