@@ -84,7 +84,8 @@ def _facts(report: SafeLoraReport) -> str:
     cut = _cut(report)
     if cut is not None:
         facts["cut"] = f"{cut:.4g}"
-    return f'<ul class="facts">{"".join(f"<li><strong>{escape(v)}</strong>{escape(k)}</li>" for k, v in facts.items())}</ul>'
+    items = "".join(f"<li><strong>{escape(value)}</strong>{escape(name)}</li>" for name, value in facts.items())
+    return f'<ul class="facts">{items}</ul>'
 
 
 def _range(modules: Sequence[ModuleReport], value: Callable[[ModuleReport], float | None]) -> tuple[float, float]:
