@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f 2>/dev/null)
-CXX_FILES := $(shell find csrc examples/cpp -name '*.cpp' -o -name '*.h' 2>/dev/null)
+CXX_FILES := $(shell find csrc examples/cpp tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .PHONY: help setup demo test bench lint format clean
 
