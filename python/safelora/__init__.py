@@ -1,7 +1,8 @@
 """Safe LoRA for Hugging Face adapters and checkpoints.
 
-`project_adapter` reads a PEFT adapter and two checkpoints and writes a plain PEFT adapter with a report. Names are
-imported on first use, so that `import safelora` costs nothing.
+`project_adapter` reads a PEFT adapter and two checkpoints and writes a plain PEFT adapter with a report;
+`apply_safe_lora` does the same to a PeftModel in memory, and `SafeLoraCallback` at the end of a training run. Names
+are imported on first use, so that `import safelora` costs nothing.
 """
 
 from __future__ import annotations
@@ -10,31 +11,55 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
+    from .callback import SafeLoraCallback as SafeLoraCallback
     from .checkpoint import Checkpoint as Checkpoint
+    from .convert import convert_adapter as convert_adapter
     from .errors import SafeLoraError as SafeLoraError
+    from .full_model import project_model as project_model
+    from .live import LiveReport as LiveReport
+    from .live import apply_safe_lora as apply_safe_lora
+    from .live import safe_lora_applied as safe_lora_applied
     from .mapping import plan_modules as plan_modules
     from .project import project_adapter as project_adapter
+    from .project import project_adapters as project_adapters
     from .report import ModuleReport as ModuleReport
     from .report import SafeLoraReport as SafeLoraReport
+    from .sweep import sweep_thresholds as sweep_thresholds
 
 _HOMES = {
     "Adapter": "adapter",
     "Checkpoint": "checkpoint",
+    "LiveReport": "live",
     "ModuleReport": "report",
+    "SafeLoraCallback": "callback",
     "SafeLoraError": "errors",
     "SafeLoraReport": "report",
+    "apply_safe_lora": "live",
+    "convert_adapter": "convert",
     "plan_modules": "mapping",
     "project_adapter": "project",
+    "project_adapters": "project",
+    "project_model": "full_model",
+    "safe_lora_applied": "live",
+    "sweep_thresholds": "sweep",
 }
 
 __all__ = [
     "Adapter",
     "Checkpoint",
+    "LiveReport",
     "ModuleReport",
+    "SafeLoraCallback",
     "SafeLoraError",
     "SafeLoraReport",
+    "apply_safe_lora",
+    "convert_adapter",
     "plan_modules",
     "project_adapter",
+    "project_adapters",
+    "project_model",
+    "safe_lora_applied",
+    "sweep_thresholds",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
+MLX_FILE = "adapters.safetensors"
 REPORT_FILE = "safelora_report.json"
 METADATA_KEY = "safelora"
 COMPANIONS = (
@@ -38,7 +40,6 @@ _REFUSED_OPTIONS = {
     "use_bdlora": f"it is a block-diagonal (BD-LoRA) adapter: {_NOT_BA} with dense factors",
     "use_qalora": f"it is a QA-LoRA adapter: {_NOT_BA} (A acts on pooled inputs)",
     "arrow_config": f"it is an Arrow router over several adapters: {_NOT_BA}. Project each of them alone",
-    "target_parameters": "it targets 3-D parameters (mixture-of-experts weights), which are not supported",
 }
 _MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _REFUSED_PARTS = {
@@ -51,29 +52,57 @@ _REFUSED_PARTS = {
 class LoraModule(NamedTuple):
     """One adapted module: update ∝ B·A with `lora_B` (d_out × r) and `lora_A` (r × d_in).
 
-    kind is "linear", "conv" (factors with kernel dimensions, flattened) or "embedding" (whose stored weight is
-    d_in × d_out, with d_in the vocabulary).
+    kind is "linear", "conv" (factors with kernel dimensions, flattened), "embedding" (whose stored weight is
+    d_in × d_out, with d_in the vocabulary) or "expert": then `expert` of `experts` owns rows expert·r … of lora_A and
+    columns expert, expert + experts, … of lora_B, and `swapped` says that lora_A is the factor on the output side.
     """
 
     name: str
     kind: str
     lora_A: TensorInfo
     lora_B: TensorInfo
+    expert: int = 0
+    experts: int = 1
+    swapped: bool = False
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[0] // self.experts
 
     @property
     def d_out(self) -> int:
-        return self.lora_B.shape[0]
+        return self._sides[0]
 
     @property
     def d_in(self) -> int:
-        size = 1
-        for extent in self.lora_A.shape[1:]:
-            size *= extent
-        return size
+        return self._sides[1]
+
+    @property
+    def output(self) -> TensorInfo:
+        """The factor on the output side, which a projection replaces."""
+        return self.lora_A if self.swapped else self.lora_B
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        size = math.prod(self.lora_A.shape[1:])
+        return (size, self.lora_B.shape[0]) if self.swapped else (self.lora_B.shape[0], size)
+
+    def of_a(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This module's part of lora_A (r × its dimension), a view."""
+        return tensor.reshape(self.experts, self.rank, -1)[self.expert]
+
+    def of_b(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This module's part of lora_B (its dimension × r), a view."""
+        return tensor.reshape(tensor.shape[0], self.rank, self.experts)[:, :, self.expert]
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where in the tensor of `output` this module's d_out × r factor lies, a view."""
+        return self.of_a(tensor).t() if self.swapped else self.of_b(tensor)
+
+    def factors(self, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(d_out × r, r × d_in) views of the stored factors."""
+        a, b = self.of_a(lora_A), self.of_b(lora_B)
+        return (a.t(), b.t()) if self.swapped else (b, a)
 
 
 @dataclass(frozen=True)
@@ -138,6 +167,10 @@ class Adapter:
         info = self.header.tensors[name]
         return to_tensor(map_range(info), info)
 
+    def file_of(self, info: TensorInfo) -> Path:
+        """The file that a tensor of the adapter, or of a checkpoint, was read from."""
+        return info.file
+
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The raw bytes of a contiguous CPU tensor, without a copy; valid while the tensor lives."""
@@ -154,6 +187,8 @@ def natural_key(name: str) -> list[tuple[int, int | str]]:
 
 def _check_kind(config: dict[str, Any], root: Path) -> None:
     kind = config.get("peft_type")
+    if (root / MLX_FILE).exists() and kind is None:
+        raise SafeLoraError(f"{root} is an MLX adapter; write it as a PEFT adapter first: safelora convert {root} OUT.")
     if kind != "LORA":
         raise SafeLoraError(f"{root}: peft_type is {kind!r}; only LORA adapters (update s·B·A) can be projected.")
     for option, reason in _REFUSED_OPTIONS.items():
@@ -174,8 +209,13 @@ def _open_weights(root: Path) -> tuple[Path, Header, dict[str, torch.Tensor] | N
         return header.path, header, None
     path = root / PICKLE_FILE
     if not path.exists():
-        raise SafeLoraError(f"{root} has neither {WEIGHTS_FILE} nor {PICKLE_FILE}.")
-    loaded = _load_pickle(path)
+        hint = (
+            f" Its adapter_*.pt is torchtune's own format: safelora convert {root} OUT --model ALIGNED."
+            if any(root.glob("adapter_*.pt"))
+            else ""
+        )
+        raise SafeLoraError(f"{root} has neither {WEIGHTS_FILE} nor {PICKLE_FILE}.{hint}")
+    loaded = load_pickle(path)
     from .stream import dtype_name
 
     tensors, position = {}, 0
@@ -186,7 +226,8 @@ def _open_weights(root: Path) -> tuple[Path, Header, dict[str, torch.Tensor] | N
     return path, Header(path, path.stat().st_size, 0, "", {"format": "pt"}, tensors), loaded
 
 
-def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickled state dict, read without running code from it. Raises SafeLoraError."""
     import torch
 
     try:
@@ -218,7 +259,7 @@ def _classify(
         found = _FACTOR.fullmatch(name) or _EMBEDDING_FACTOR.fullmatch(name)
         if found:
             factor = found["factor"][-1]
-            parts = pairs.setdefault(_module_name(found["module"]), {})
+            parts = pairs.setdefault(module_name(found["module"]), {})
             if factor in parts:
                 raise SafeLoraError(f"{weights}: {parts[factor].name} and {name} are the same factor of one module.")
             parts[factor] = tensors[name]
@@ -235,16 +276,20 @@ def _classify(
     modules = [_module(name, parts, weights) for name, parts in pairs.items()]
     if not modules:
         raise SafeLoraError(f"{weights} holds no LoRA factors (lora_A, lora_B): there is nothing to project.")
-    warnings = []
-    if passed_through:
-        warnings.append(
-            f"{len(passed_through)} tensor(s) are not LoRA factors (modules_to_save, biases, token embeddings) and "
-            f"are copied as they are; what they changed stays unprojected: {_some(passed_through)}."
-        )
+    warnings = [passed_through_warning(passed_through)] if passed_through else []
     return sorted(modules, key=lambda module: natural_key(module.name)), passed_through, warnings
 
 
-def _module_name(path: str) -> str:
+def passed_through_warning(names: list[str]) -> str:
+    """What is said about tensors that a projection copies."""
+    return (
+        f"{len(names)} tensor(s) are not LoRA factors (modules_to_save, biases, token embeddings) and "
+        f"are copied as they are; what they changed stays unprojected: {_some(names)}."
+    )
+
+
+def module_name(path: str) -> str:
+    """A key of the adapter as a name in the model it was trained on."""
     return path.replace("_orig_mod.", "").removeprefix("base_model.model.")
 
 
@@ -261,7 +306,8 @@ def _module(name: str, parts: dict[str, TensorInfo], weights: Path) -> LoraModul
     if len(a.shape) < 2 or not flat_b or a.shape[0] != b.shape[1] or 0 in a.shape or 0 in b.shape:
         raise SafeLoraError(
             f"{weights}: the factors of {name} do not fit: lora_A has shape {list(a.shape)}, expected (r, d_in); "
-            f"lora_B has shape {list(b.shape)}, expected (d_out, r)."
+            f"lora_B has shape {list(b.shape)}, expected (d_out, r)"
+            + (" (a convolution with groups has no such update)." if len(a.shape) > 2 else ".")
         )
     kind = "embedding" if "lora_embedding_" in a.name else "conv" if len(a.shape) > 2 else "linear"
     return LoraModule(name, kind, a, b)

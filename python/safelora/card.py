@@ -23,9 +23,10 @@ def mark_card(path: Path, report: SafeLoraReport) -> None:
     found = _FRONT_MATTER.match(text)
     front, body = (_OWN_BLOCK.sub("", found[1]), text[found.end() :]) if found else ("", text)
     front = _tagged(front) + _block(report)
+    what = "The weight" if "model" in report.inputs else "`lora_B`"
     count = f"{len(report.projected)} of {len(report.modules)}"
     body = body.rstrip("\n") + (
-        f"\n\n## Safe LoRA\n\n`lora_B` of {count} modules was projected onto the alignment subspace "
+        f"\n\n## Safe LoRA\n\n{what} of {count} modules was projected onto the alignment subspace "
         "(Safe LoRA, arXiv 2405.16833). `safelora_report.json` has the details. Do not project it again.\n"
     )
     path.write_bytes(f"---\n{front}---\n{body}".encode("utf-8", "surrogateescape"))

@@ -1,44 +1,37 @@
-"""Which checkpoint tensor belongs to which adapted module: by name, never by position, shapes always verified."""
+"""Which checkpoint tensors belong to which adapted module: by name, never by position, shapes always verified."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .adapter import Adapter, LoraModule
-from .checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo
+from .checkpoint import Checkpoint
+from .conversion import replay
 from .errors import SafeLoraError
+from .experts import StackedModule, experts_of, stacked_modules
+from .fp8 import check_pair, is_fp8, stored
+from .naming import HEADS, WEIGHTS, find_weight, not_found, replicated, stored_names
+from .weights import WeightMatch
 
-# Leading path components that wrap a text model and carry no meaning of their own. Vision and audio towers are not
-# among them, so that a module of a tower never falls through to the text model.
-_WRAPPERS = frozenset(
-    {"model", "transformer", "base_model", "language_model", "text_model", "gpt_neox", "bert", "roberta", "distilbert",
-     "electra", "backbone", "rwkv", "mpt"}
-)  # fmt: skip
-_TOWER = re.compile(r"(^|[._])(vision|visual|image|audio|speech|video|encoder|vit|clip)", re.IGNORECASE)
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "shared", "embeddings")
-_HEADS = ("lm_head", "embed_out", "output", "output_layer")
-_PARAMETERS = ("weight", "in_proj_weight")
+if TYPE_CHECKING:
+    from .full import FullTensor
+
+__all__ = ["PlannedModule", "WeightMatch", "conv1d", "find_weight", "locate", "plan_modules"]
+
 _CONV1D_LEAVES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-_LAYER = re.compile(r"(^|\.)(layers|layer|h)\.(\d+)(?=\.|$)")
-
-
-@dataclass(frozen=True)
-class WeightMatch:
-    """A checkpoint tensor found for a module: how ("exact", "tied", "prefix" or "suffix") and its orientation."""
-
-    info: TensorInfo
-    how: str
-    transposed: bool
+_NEEDS_TRANSFORMERS = (
+    "Its modules may be named otherwise, or be made of several stored tensors: transformers 5 or later, where it is "
+    "installed, is asked how. Else: is this the model the adapter was trained on?"
+)
 
 
 @dataclass(frozen=True)
 class PlannedModule:
     """A module with the weights it was paired with, or the reason why it is left alone."""
 
-    module: LoraModule
+    module: LoraModule | FullTensor
     base: WeightMatch | None
     aligned: WeightMatch | None
     skipped: str | None = None
@@ -47,17 +40,27 @@ class PlannedModule:
 def plan_modules(adapter: Adapter, base: Checkpoint | None, aligned: Checkpoint | None) -> list[PlannedModule]:
     """Pair every module of `adapter` with a weight of `base` and, separately, one of `aligned` (None: not asked).
 
-    Raises SafeLoraError when a module has no weight, an ambiguous one, one of another shape, or a quantised one. The
-    only mismatch that is tolerated, and reported as a skip, is a resized vocabulary: embedding or head rows that one
-    of the models does not have cannot be compared.
+    Each expert of a mixture-of-experts parameter is a module of its own.
+
+    Raises SafeLoraError when a module has no weight, an ambiguous one, one of another shape, or a quantised one that
+    is not natively fp8. The only mismatch that is tolerated, and reported as a skip, is a resized vocabulary: embedding
+    or head rows that one of the models does not have cannot be compared.
     """
-    for checkpoint in (base, aligned):
+    checkpoints = [base, aligned]
+    for checkpoint in checkpoints:
         if checkpoint is not None:
-            _check_not_quantised(checkpoint)
+            is_fp8(checkpoint)
+    if base is not None and aligned is not None:
+        check_pair(base, aligned)
+    stacked = stacked_modules(adapter, checkpoints)
+    experts = experts_of(adapter, stacked)
     planned = []
     for module in adapter.modules:
+        if module.name in stacked:
+            planned += _plan_experts(stacked[module.name], experts[module.name], checkpoints)
+            continue
         matches = [
-            _match(adapter, module, checkpoint) if checkpoint is not None else None for checkpoint in (base, aligned)
+            _match(adapter, module, checkpoint) if checkpoint is not None else None for checkpoint in checkpoints
         ]
         skipped = next((match for match in matches if isinstance(match, str)), None)
         found = [match if isinstance(match, WeightMatch) else None for match in matches]
@@ -65,70 +68,79 @@ def plan_modules(adapter: Adapter, base: Checkpoint | None, aligned: Checkpoint 
     return planned
 
 
-def find_weight(checkpoint: Checkpoint, name: str) -> tuple[TensorInfo, str]:
-    """The tensor that holds the weight of module `name`, and how it was found.
+def locate(
+    checkpoint: Checkpoint, module: str, parameters: tuple[str, ...] = WEIGHTS
+) -> tuple[WeightMatch, tuple[int, ...]] | None:
+    """A parameter of `module` as it is stored (not yet oriented) and its shape; None where there is none.
 
-    Order: the exact name; the other end of tied embeddings; the name with known wrapper prefixes added or removed;
-    the only tensor whose name ends in the module's name. Raises SafeLoraError when none or several remain.
+    By name alone first; where that gives no single answer, as transformers would load it. Raises SafeLoraError when
+    several tensors could be it.
     """
-    for candidate in dict.fromkeys((name, name.replace(".base_layer.", "."))):
-        for parameter in _PARAMETERS:
-            if info := checkpoint.tensors.get(f"{candidate}.{parameter}"):
-                return info, "exact"
-    name = name.replace(".base_layer.", ".")
-    leaf = name.rpartition(".")[2]
-    core = _core(name)
-    hits = _lookup(checkpoint, "cores").get(core, [])
-    if not hits and (leaf in _HEADS or leaf in _EMBEDDINGS) and _ties_embeddings(checkpoint.config):
-        hits = [
-            info
-            for twin in (_EMBEDDINGS if leaf in _HEADS else _HEADS)
-            for info in _lookup(checkpoint, "cores").get(core.removesuffix(leaf) + twin, [])
-        ]
-        if not hits and leaf in _HEADS:
-            hits = [info for twin in _EMBEDDINGS for info in _by_leaf(checkpoint, twin)]
-        if len(hits) == 1:
-            return hits[0], "tied"
+    hits, how = stored_names(checkpoint).find(module, parameters)
     if len(hits) == 1:
-        return hits[0], "prefix"
-    if not hits and "." in core:
-        hits = [info for info in _by_leaf(checkpoint, leaf) if _share_an_end(_core(_module_of(info.name)), core)]
-        hits = [info for info in hits if bool(_TOWER.search(info.name)) == bool(_TOWER.search(name))]
-        if len(hits) == 1:
-            return hits[0], "suffix"
-    if hits:
-        raise SafeLoraError(
-            f"{checkpoint.source}: several tensors could be the weight of module {name}: "
-            f"{', '.join(sorted(info.name for info in hits)[:4])}. Name the modules as the checkpoint does."
+        info = checkpoint.tensors[hits[0]]
+        return WeightMatch((stored(checkpoint, info),), how, False), info.shape
+    made = replay(checkpoint)
+    converted, _ = made.names.find(module, parameters) if made is not None else ([], "")
+    if made is not None and len(converted) == 1:
+        parameter = made.parameters[converted[0]]
+        sources, convert = made.sources(parameter)
+        return WeightMatch(sources, "converted", False, convert), parameter.shape
+    if hits or converted:
+        raise not_found(checkpoint, module, hits or converted)
+    return None
+
+
+def conv1d(checkpoint: Checkpoint, module: str) -> bool | None:
+    """Whether the module is a Conv1D (weights stored d_in × d_out); None where the model type does not tell."""
+    if checkpoint.config.get("model_type") in _CONV1D_MODELS:
+        return module.rpartition(".")[2] in _CONV1D_LEAVES
+    return None
+
+
+def _plan_experts(
+    entry: StackedModule, modules: list[LoraModule], checkpoints: list[Checkpoint | None]
+) -> list[PlannedModule]:
+    for checkpoint, stack in zip(checkpoints, entry.stacks, strict=True):
+        if checkpoint is not None and stack is None:
+            raise not_found(checkpoint, f"{entry.owner}.{entry.parameter}", [], _NEEDS_TRANSFORMERS)
+        if stack is not None and (stack.d_out, stack.d_in, stack.shape[0]) != (
+            modules[0].d_out, modules[0].d_in, len(modules),
+        ):  # fmt: skip
+            raise SafeLoraError(
+                f"{checkpoint and checkpoint.source}: {stack.name} has shape {list(stack.shape)}, but the factors of "
+                f"{entry.owner} fit {len(modules)} experts of {modules[0].d_out} × {modules[0].d_in}."
+            )
+    planned = []
+    for index, module in enumerate(modules):
+        base, aligned = (
+            stack.expert(checkpoint, index) if checkpoint is not None and stack is not None else None
+            for checkpoint, stack in zip(checkpoints, entry.stacks, strict=True)
         )
-    raise SafeLoraError(
-        f"{checkpoint.source}: no tensor for module {name} (looked for {name}.weight and its usual variants among "
-        f"{len(checkpoint.tensors)} tensors). Is this the model the adapter was trained on?"
-    )
+        planned.append(PlannedModule(module, base, aligned))
+    return planned
 
 
 def _match(adapter: Adapter, module: LoraModule, checkpoint: Checkpoint) -> WeightMatch | str:
-    info, how = find_weight(checkpoint, _replicated(module.name, adapter.config.get("layer_replication")))
-    if info.dtype not in FLOAT_DTYPES:
-        raise SafeLoraError(
-            f"{checkpoint.source}: {info.name} ({info.file.name}) has dtype {info.dtype}: a quantised weight. The "
-            "difference of two quantised models is mostly rounding; use the original fp32, bf16 or fp16 checkpoints."
-        )
-    conv1d = module.name.rpartition(".")[2] in _CONV1D_LEAVES
-    flag = conv1d if checkpoint.config.get("model_type") in _CONV1D_MODELS else adapter.config.get("fan_in_fan_out")
-    transposed = _orientation(module, info.shape, bool(flag))
+    name = replicated(module.name, adapter.config.get("layer_replication"))
+    located = locate(checkpoint, name)
+    if located is None:
+        raise not_found(checkpoint, name, [], _NEEDS_TRANSFORMERS)
+    match, shape = located
+    flag = conv1d(checkpoint, module.name)
+    transposed = _orientation(module, shape, bool(adapter.config.get("fan_in_fan_out") if flag is None else flag))
     if transposed is None:
         expected = [module.d_out, *module.lora_A.shape[1:]]
-        if _vocabulary_differs(module, info.shape):
+        if _vocabulary_differs(module, shape):
             return (
-                f"vocabulary resized: {info.name} of {checkpoint.source} has shape {list(info.shape)}, "
+                f"vocabulary resized: {match.info.name} of {checkpoint.source} has shape {list(shape)}, "
                 f"the adapter was trained on {expected if module.kind != 'embedding' else expected[::-1]}"
             )
         raise SafeLoraError(
-            f"{checkpoint.source}: {info.name} has shape {list(info.shape)}, but the factors of {module.name} fit a "
+            f"{checkpoint.source}: {match.info.name} has shape {list(shape)}, but the factors of {module.name} fit a "
             f"weight of shape {expected}. Is this the model the adapter was trained on?"
         )
-    return WeightMatch(info, how, transposed)
+    return WeightMatch(match.sources, match.how, transposed, match.convert)
 
 
 def _orientation(module: LoraModule, shape: tuple[int, ...], flag: bool) -> bool | None:
@@ -144,70 +156,7 @@ def _orientation(module: LoraModule, shape: tuple[int, ...], flag: bool) -> bool
 
 
 def _vocabulary_differs(module: LoraModule, shape: tuple[int, ...]) -> bool:
+    leaf = module.name.rpartition(".")[2]
     if module.kind == "embedding":
         return len(shape) == 2 and shape[1] == module.d_out
-    return module.name.rpartition(".")[2] in _HEADS and len(shape) == 2 and shape[1] == module.d_in
-
-
-def _replicated(name: str, ranges: Any) -> str:
-    """Undo layer_replication: the index in the enlarged stack becomes the index of the layer it copies."""
-    if not ranges:
-        return name
-    try:
-        sources = [layer for start, end in ranges for layer in range(int(start), min(int(end), int(start) + 100_000))]
-    except (TypeError, ValueError) as error:
-        raise SafeLoraError(f"layer_replication is {ranges!r:.80}, expected a list of [start, end] pairs.") from error
-    found = _LAYER.search(name)
-    if not found:
-        return name
-    if int(found[3]) >= len(sources):
-        raise SafeLoraError(f"module {name} lies outside layer_replication {ranges!r:.80} ({len(sources)} layers).")
-    return f"{name[: found.start(3)]}{sources[int(found[3])]}{name[found.end(3) :]}"
-
-
-def _core(name: str) -> str:
-    parts = name.split(".")
-    while len(parts) > 1 and parts[0] in _WRAPPERS:
-        del parts[0]
-    return ".".join(parts)
-
-
-def _module_of(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
-
-
-def _share_an_end(name: str, core: str) -> bool:
-    return name.endswith("." + core) or ("." in name and core.endswith("." + name))
-
-
-def _lookup(checkpoint: Checkpoint, kind: str) -> dict[str, list[TensorInfo]]:
-    """Tensors by name without wrappers ("cores") or by last module component ("leaves"); built on first use."""
-    if kind not in checkpoint.lookups:
-        table: dict[str, list[TensorInfo]] = {}
-        for name, info in checkpoint.tensors.items():
-            module, _, parameter = name.rpartition(".")
-            if parameter in _PARAMETERS:
-                key = _core(module) if kind == "cores" else module.rpartition(".")[2]
-                table.setdefault(key, []).append(info)
-        checkpoint.lookups[kind] = table
-    return checkpoint.lookups[kind]
-
-
-def _by_leaf(checkpoint: Checkpoint, leaf: str) -> list[TensorInfo]:
-    return _lookup(checkpoint, "leaves").get(leaf, [])
-
-
-def _ties_embeddings(config: dict[str, Any]) -> bool:
-    text = config.get("text_config")
-    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    return config.get("tie_word_embeddings", inner) is not False
-
-
-def _check_not_quantised(checkpoint: Checkpoint) -> None:
-    quantisation = checkpoint.config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
-        raise SafeLoraError(
-            f"{checkpoint.source} is a quantised checkpoint (quantization_config: {str(method)[:40]}). The difference "
-            "of two quantised models is mostly rounding; give the original fp32, bf16 or fp16 checkpoints instead."
-        )
+    return leaf in HEADS and len(shape) == 2 and shape[1] == module.d_in

@@ -7,18 +7,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .adapter import COMPANIONS, CONFIG_FILE, METADATA_KEY, REPORT_FILE, WEIGHTS_FILE, Adapter, tensor_bytes
+from .checkpoint import INDEX_FILE, Checkpoint, TensorInfo
 from .errors import SafeLoraError
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
     from .report import SafeLoraReport
 
@@ -59,79 +61,67 @@ def check_target(out: Path, adapter: Path, checkpoints: list[Path], needed: int,
         )
 
 
-class StagedAdapter:
-    """An adapter directory under construction in a hidden, locked directory beside its final place.
+class StagedDirectory:
+    """A directory under construction, hidden and locked, beside its final place.
 
-    Leaving the context without :meth:`commit` removes it. A killed process leaves it behind unlocked; the next run
+    Leaving the context without :meth:`finish` removes it. A killed process leaves it behind unlocked; the next run
     for the same output removes it.
     """
 
-    def __init__(self, out: Path, adapter: Adapter) -> None:
+    def __init__(self, out: Path) -> None:
         self.out = out
-        self.adapter = adapter
         self._prefix = f".{out.name[:100]}.safelora-"
-        self._header = _header_bytes(adapter, marked=True)
-        self._file: BinaryIO | None = None
         self._lock: int | None = None
+        self._opened = ExitStack()
         self.path = out.parent / f"{self._prefix}{os.getpid()}-{os.urandom(4).hex()}"
 
-    def __enter__(self) -> StagedAdapter:
+    def __enter__(self) -> Self:
         with self.writing():
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
             self.path.mkdir()
             self._lock = _try_lock(self.path)
-            self._file = open(self.path / WEIGHTS_FILE, "xb+", buffering=0)
+            self._begin()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._opened.close()
         if self._lock is not None:
             os.close(self._lock)
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def copy_input(self) -> str:
-        """Copy every tensor and companion file of the input; returns the sha256 of its weight file."""
-        assert self._file is not None
-        with self.writing():
-            digest = copy_and_hash(self.adapter, self._file, len(self._header))
-            shutil.copyfile(self.adapter.root / CONFIG_FILE, self.path / CONFIG_FILE)
-            for name in sorted(os.listdir(self.adapter.root)):
-                source = self.adapter.root / name
-                if source.is_file() and any(fnmatchcase(name, pattern) for pattern in COMPANIONS):
-                    shutil.copyfile(source, self.path / name)
-        return digest
+    def _begin(self) -> None:
+        """Create the files that are written piece by piece."""
 
-    def replace(self, name: str, tensor: torch.Tensor) -> None:
-        """Overwrite tensor `name`; dtype and number of elements are those of the input's tensor."""
-        assert self._file is not None
-        header = self.adapter.header
-        with self.writing():
-            self._file.seek(len(self._header) + header.tensors[name].begin - header.data_start)
-            write_all(self._file, tensor_bytes(tensor))
+    def _create(self, name: str) -> BinaryIO:
+        return self._opened.enter_context((self.path / name).open("xb+", buffering=0))
 
-    def commit(self, report: SafeLoraReport) -> None:
-        """Write header, report and model card, make everything durable, and move it to its place."""
-        assert self._file is not None
-        marked = bool(report.projected)
-        with self.writing():
-            self._file.seek(0)
-            write_all(self._file, memoryview(_header_bytes(self.adapter, marked, len(self._header))))
-            os.fsync(self._file.fileno())
-            report.save_json(self.path / REPORT_FILE)
-            if marked:
-                from .card import mark_card
+    def finish(self, report: SafeLoraReport, written: Collection[str] = ()) -> None:
+        """Add report and model card, and publish."""
+        report.save_json(self.path / REPORT_FILE)
+        if report.projected:
+            from .card import mark_card
 
-                mark_card(self.path / "README.md", report)
-            for name in os.listdir(self.path):
-                if name != WEIGHTS_FILE:
-                    _sync(self.path / name)
-            _sync(self.path)
-            self._move()
-            _sync(self.out.parent)
+            mark_card(self.path / "README.md", report)
+        self.publish(written)
+
+    def publish(self, written: Collection[str] = ()) -> None:
+        """Make everything durable (but what is in `written` and is already) and move it to its place."""
+        for name in os.listdir(self.path):
+            if name not in written:
+                _sync(self.path / name)
+        _sync(self.path)
+        self._move()
+        _sync(self.out.parent)
+
+    def copy_companions(self, root: Path, patterns: Sequence[str]) -> None:
+        """Copy the files of `root` whose names match."""
+        for name in sorted(os.listdir(root)):
+            source = root / name
+            if source.is_file() and any(fnmatchcase(name, pattern) for pattern in patterns):
+                shutil.copyfile(source, self.path / name)
 
     def _move(self) -> None:
         if self.out.exists() and os.listdir(self.out):
@@ -160,6 +150,95 @@ class StagedAdapter:
             raise OSError(
                 error.errno, f"writing {self.out} failed ({error.strerror or error}). No output was left. {remedy}."
             ) from error
+
+
+class StagedAdapter(StagedDirectory):
+    """An adapter directory under construction."""
+
+    def __init__(self, out: Path, adapter: Adapter) -> None:
+        super().__init__(out)
+        self.adapter = adapter
+        self._header = _header_bytes(adapter, marked=True)
+        self._file: BinaryIO | None = None
+
+    def _begin(self) -> None:
+        self._file = self._create(WEIGHTS_FILE)
+
+    def copy_input(self) -> str:
+        """Copy every tensor and companion file of the input; returns the sha256 of its weight file."""
+        assert self._file is not None
+        with self.writing():
+            digest = copy_and_hash(self.adapter, self._file, len(self._header))
+            shutil.copyfile(self.adapter.root / CONFIG_FILE, self.path / CONFIG_FILE)
+            self.copy_companions(self.adapter.root, COMPANIONS)
+        return digest
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Overwrite tensor `name`; dtype and number of elements are those of the input's tensor."""
+        assert self._file is not None
+        header = self.adapter.header
+        with self.writing():
+            self._file.seek(len(self._header) + header.tensors[name].begin - header.data_start)
+            write_all(self._file, tensor_bytes(tensor))
+
+    def written(self, name: str) -> torch.Tensor:
+        """Tensor `name` as it stands in the output."""
+        header = self.adapter.header
+        info = header.tensors[name]
+        shift = len(self._header) - header.data_start
+        return _read(info._replace(file=self.path / WEIGHTS_FILE, begin=info.begin + shift, end=info.end + shift))
+
+    def commit(self, report: SafeLoraReport) -> None:
+        """Write header, report and model card, and move everything to its place."""
+        assert self._file is not None
+        with self.writing():
+            self._file.seek(0)
+            write_all(self._file, memoryview(_header_bytes(self.adapter, bool(report.projected), len(self._header))))
+            os.fsync(self._file.fileno())
+            self.finish(report, (WEIGHTS_FILE,))
+
+
+class StagedModel(StagedDirectory):
+    """A full checkpoint under construction: the input's files under the input's names, some tensors replaced."""
+
+    def __init__(self, out: Path, model: Checkpoint) -> None:
+        super().__init__(out)
+        self.model = model
+        self._files: dict[Path, BinaryIO] = {}
+
+    def _begin(self) -> None:
+        for header in self.model.headers:
+            self._files[header.path] = self._create(header.path.name)
+
+    def copy_input(self) -> None:
+        """Copy every shard and companion file of the input."""
+        with self.writing():
+            buffer = memoryview(bytearray(_COPY_BYTES))
+            for path, target in self._files.items():
+                with open(path, "rb", buffering=0) as source:
+                    while count := source.readinto(buffer):
+                        write_all(target, buffer[:count])
+            self.copy_companions(self.model.root, (*COMPANIONS, "config.json", INDEX_FILE, "*.py"))
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Overwrite tensor `name`."""
+        info = self.model.tensors[name]
+        file = self._files[info.file]
+        with self.writing():
+            file.seek(info.begin)
+            write_all(file, tensor_bytes(tensor))
+
+    def written(self, name: str) -> torch.Tensor:
+        """Tensor `name` as it stands in the output."""
+        info = self.model.tensors[name]
+        return _read(info._replace(file=self.path / info.file.name))
+
+    def commit(self, report: SafeLoraReport) -> None:
+        """Write report and model card, and move everything to its place."""
+        with self.writing():
+            for file in self._files.values():
+                os.fsync(file.fileno())
+            self.finish(report, [path.name for path in self._files])
 
 
 def copy_and_hash(adapter: Adapter, target: BinaryIO | None, position: int) -> str:
@@ -200,6 +279,12 @@ def _header_bytes(adapter: Adapter, marked: bool, size: int = 0) -> bytes:
     text = json.dumps(content, separators=(",", ":")).encode()
     text = text.ljust(max(-(-len(text) // 8) * 8, size - 8))
     return len(text).to_bytes(8, "little") + text
+
+
+def _read(info: TensorInfo) -> torch.Tensor:
+    from .stream import map_range, to_tensor
+
+    return to_tensor(map_range(info), info)
 
 
 def _try_lock(directory: Path) -> int | None:

@@ -6,61 +6,28 @@ import math
 import os
 import platform
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from .adapter import Adapter, LoraModule
-from .checkpoint import Checkpoint, TensorInfo
+from .adapter import CONFIG_FILE, Adapter, passed_through_warning
+from .checkpoint import Checkpoint
+from .distributed import Kept, Ranks, collect, collective, modules_of, share
 from .errors import SafeLoraError
-from .mapping import PlannedModule, WeightMatch, plan_modules
+from .fp8 import check_pair
+from .full import plan_full
+from .mapping import PlannedModule, plan_modules
+from .measure import Measured, Rewriter, batches_of, measure, pairs_of
 from .output import StagedAdapter, check_target, copy_and_hash
 from .report import COSINE_ERROR, ModuleReport, SafeLoraReport
-from .stream import MappedRange, ReadAhead, to_tensor
-
-if TYPE_CHECKING:
-    import torch
+from .stream import ReadAhead
 
 READ_AHEAD_BYTES = 384 << 20
-BATCH_BYTES = 64 << 20
-_NORM_ELEMENTS = 1 << 20  # widened to fp64 at a time
 _ROUNDING = 5e-6  # half a unit of the authors' fifth decimal
 
 
-@dataclass
-class _Pair:
-    """One weight pair and the modules that use it."""
-
-    aligned: WeightMatch
-    base: WeightMatch
-    modules: list[LoraModule]
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, TensorInfo]:
-        return self.aligned.info, self.base.info
-
-    @property
-    def nbytes(self) -> int:
-        return self.aligned.info.nbytes + self.base.info.nbytes
-
-
-@dataclass(frozen=True)
-class _Measured:
-    cosine: float | None
-    v_norm: float
-    shrinkage: float | None
-    distance: float
-    zero_update: bool
-
-    def kept_because(self, rule: str) -> str | None:
-        """Why the module takes no part in the selection, or None. The authors' rule does select zero updates."""
-        if self.cosine is None:
-            return "V = 0: base and aligned are equal here, there is nothing to project onto"
-        return "the update is zero" if self.zero_update and rule == "strict" else None
-
-
+@collective
 def project_adapter(
     adapter: str | os.PathLike[str],
     base: str | os.PathLike[str],
@@ -71,6 +38,7 @@ def project_adapter(
     num_layers: int | None = None,
     rule: Literal["strict", "authors"] = "strict",
     normalize: Literal["frobenius", "none"] = "frobenius",
+    modules_to_save: Literal["keep", "project"] = "keep",
     dry_run: bool = False,
     overwrite: bool = False,
     allow_projected: bool = False,
@@ -79,6 +47,7 @@ def project_adapter(
     revision_base: str | None = None,
     revision_aligned: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> SafeLoraReport:
     """Apply Safe LoRA (arXiv 2405.16833) to the adapter on disk and write a plain PEFT adapter to `out`.
 
@@ -96,11 +65,15 @@ def project_adapter(
         rule: "strict" compares unrounded cosines and takes exactly num_layers; "authors" rounds to 5 decimals, so
             that ties take more, as the published code does.
         normalize: "frobenius" is the published C; "none" is V Vᵀ.
+        modules_to_save: "keep" copies tensors that were tuned in full (modules_to_save, biases, trainable tokens) as
+            they are; "project" applies the rule to ΔW = W_ft − W_aligned of each, as one more module.
         dry_run: measure and decide, write nothing.
         overwrite: replace an earlier output of this function at `out`.
         allow_projected: accept an adapter that was projected before.
         local_files_only, revision, revision_base, revision_aligned: for inputs given as repository ids.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, bytes in all), of this rank.
+        ranks: the processes that share the work, all of which make this call (`safelora.distributed`). Each reads the
+            weights that it owns, rank 0 alone writes, and the output is that of one process.
 
     Returns:
         The report, also written to `out`/safelora_report.json.
@@ -110,7 +83,12 @@ def project_adapter(
             or module. Nothing has been written then.
         OSError: when writing fails; no output is left behind.
     """
+    ranks = ranks or Ranks()
     options = _check_options(threshold, num_layers, rule, normalize)
+    if modules_to_save not in ("keep", "project"):
+        raise SafeLoraError(f"modules_to_save is {modules_to_save!r}, expected 'keep' or 'project'.")
+    if modules_to_save == "project":
+        options["modules_to_save"] = modules_to_save
     source = Adapter.open(
         adapter, revision=revision, local_files_only=local_files_only, allow_projected=allow_projected
     )
@@ -127,23 +105,40 @@ def project_adapter(
     if all(planned.skipped for planned in plan):
         raise SafeLoraError(f"no module of {source.root} can be projected: {plan[0].skipped}.")
     warnings = [*source.warnings, *_model_warnings(source, base_model, aligned_model)]
+    passed_through = source.passed_through
+    if modules_to_save == "project":
+        full = plan_full(source, base_model, aligned_model)
+        warnings = [text for text in warnings if text != passed_through_warning(passed_through)]
+        warnings += [f"{entry.module.output.name} stays as it is: {entry.skipped}." for entry in full if entry.skipped]
+        passed_through = [entry.module.output.name for entry in full if entry.skipped]
+        plan += full
     target = None
     if not dry_run:
         if out is None:
             raise SafeLoraError("give an output directory (out), or ask for a dry run.")
         target = Path(out).expanduser().resolve()
         roots = [base_model.root.resolve(), aligned_model.root.resolve()]
-        check_target(target, source.root.resolve(), roots, source.header.file_size, overwrite)
+        if ranks.rank == 0:
+            check_target(target, source.root.resolve(), roots, source.header.file_size, overwrite)
 
-    batches = _batches(_pairs(plan))
+    headers = [source.header, *base_model.headers, *aligned_model.headers]
+    files = [(header.file_size, header.sha256) for header in headers]
+    ranks.same((options, dry_run, files), "the options, the adapter or the models")
+    shares = share(pairs_of(plan), ranks.size)
+    batches = batches_of(shares[ranks.rank])
     with ExitStack() as stack:
         stream = stack.enter_context(
             ReadAhead([[info for pair in batch for info in pair.tensors] for batch in batches], READ_AHEAD_BYTES)
         )
-        staged = stack.enter_context(StagedAdapter(target, source)) if target is not None else None
+        staged = stack.enter_context(StagedAdapter(target, source)) if target and ranks.rank == 0 else None
+        writer = staged or (Kept(source) if target else None)
         pool = stack.enter_context(ThreadPoolExecutor(1, "safelora-copy"))
-        digest = pool.submit(staged.copy_input if staged else lambda: copy_and_hash(source, None, 0))
-        measured = _measure(source, batches, stream, normalize, staged, digest, progress)
+        digest = pool.submit(_copy, source, staged, ranks)
+        own = {module.name for module in modules_of(shares[ranks.rank])}
+        rewriter = Rewriter(source, writer, [planned for planned in plan if planned.module.name in own])
+        parts = ranks.gather(measure(source, batches, stream, normalize, rewriter, digest, progress))
+        found = {name: result for part in parts for name, result in part.items()}
+        measured = {entry.module.name: found[entry.module.name] for entry in plan if entry.module.name in found}
         if all(result.v_norm == 0 for result in measured.values()):
             raise SafeLoraError(
                 f"base ({base_model.source}) and aligned ({aligned_model.source}) hold the same weights in every "
@@ -157,7 +152,7 @@ def project_adapter(
                 "adapter": {
                     "source": source.source,
                     "file": source.weights.name,
-                    "sha256": digest.result(),
+                    "sha256": ranks.gather(digest.result())[0],
                     "base_model_name_or_path": source.base_model,
                 },
                 "base": base_model.fingerprint(),
@@ -167,16 +162,60 @@ def project_adapter(
             output=str(target) if target else None,
             dry_run=dry_run,
             pdst=_pdst(measured, selected),
-            passed_through=source.passed_through,
+            passed_through=passed_through,
             warnings=warnings,
         )
+        if writer is not None:
+            rewriter.restore(measured, selected)
+            collect(ranks, shares, selected, source, writer)
         if staged is not None:
-            for planned in plan:
-                name = planned.module.lora_B.name
-                if planned.module.name in measured and planned.module.name not in selected:
-                    staged.replace(name, source.read(name))
             staged.commit(report)
     return report
+
+
+def _copy(source: Adapter, staged: StagedAdapter | None, ranks: Ranks) -> str:
+    """Rank 0 copies the input and hashes it, or hashes it alone in a dry run."""
+    if ranks.rank:
+        return ""
+    return staged.copy_input() if staged else copy_and_hash(source, None, 0)
+
+
+def project_adapters(
+    directory: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    aligned: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> dict[str, SafeLoraReport]:
+    """Project every adapter of a directory in which PEFT saved several, each by itself.
+
+    Args:
+        directory: holds a sub-directory per adapter, and in itself the adapter called "default" if there is one.
+        base, aligned: as in :func:`project_adapter`; `aligned` defaults to what each adapter names.
+        out: gets a sub-directory per adapter; may be omitted in a dry run.
+        **options: those of :func:`project_adapter`.
+
+    Returns:
+        The reports by adapter name.
+
+    Raises:
+        SafeLoraError: as :func:`project_adapter` does, and when the directory holds no adapter. All adapters are
+            checked before the first is projected.
+    """
+    root = Path(directory).expanduser()
+    places = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{CONFIG_FILE}"))}
+    if (root / CONFIG_FILE).is_file():
+        if "default" in places:
+            raise SafeLoraError(f"{root} is an adapter and has a sub-directory default: both would be called default.")
+        places = {"default": root, **places}
+    if not places:
+        raise SafeLoraError(f"{root} holds no adapters (no {CONFIG_FILE} in it or its sub-directories).")
+    for place in places.values():
+        Adapter.open(place, allow_projected=bool(options.get("allow_projected")))
+    return {
+        name: project_adapter(place, base, aligned, None if out is None else Path(out) / name, **options)
+        for name, place in places.items()
+    }
 
 
 def _check_options(threshold: float | None, num_layers: int | None, rule: str, normalize: str) -> dict[str, Any]:
@@ -199,149 +238,16 @@ def _model_warnings(adapter: Adapter, base: Checkpoint, aligned: Checkpoint) -> 
     trained_on, before, after = (
         (name or "").rstrip("/").rpartition("/")[2] for name in (adapter.base_model, base.source, aligned.source)
     )
+    fp8 = check_pair(base, aligned)
+    warnings = [fp8] if fp8 else []
     if trained_on and trained_on == before != after:
-        return [f"The adapter says it was trained on {adapter.base_model}, which was given as base, not as aligned."]
-    return []
-
-
-def _pairs(plan: Sequence[PlannedModule]) -> list[_Pair]:
-    """Distinct weight pairs in file order, each with all modules that use it."""
-    pairs: dict[tuple[Any, ...], _Pair] = {}
-    for planned in plan:
-        if planned.base and planned.aligned and not planned.skipped:
-            key = (planned.aligned.info, planned.aligned.transposed, planned.base.info, planned.base.transposed)
-            pairs.setdefault(key, _Pair(planned.aligned, planned.base, [])).modules.append(planned.module)
-    return sorted(pairs.values(), key=lambda pair: (pair.aligned.info.file, pair.aligned.info.begin))
-
-
-def _batches(pairs: Sequence[_Pair]) -> list[list[_Pair]]:
-    """Consecutive pairs of at most BATCH_BYTES together; fixed by the input alone, never by timing."""
-    batches: list[list[_Pair]] = []
-    room = 0
-    for pair in pairs:
-        if pair.nbytes > room:
-            batches.append([])
-            room = BATCH_BYTES
-        batches[-1].append(pair)
-        room -= pair.nbytes
-    return batches
-
-
-def _measure(
-    adapter: Adapter,
-    batches: Sequence[Sequence[_Pair]],
-    stream: ReadAhead,
-    normalize: Literal["frobenius", "none"],
-    staged: StagedAdapter | None,
-    copied: Future[str],
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, _Measured]:
-    """Project every module; the projected factors go to `staged`, the numbers are returned by module name."""
-    import torch
-
-    import safelora_kernels as sk
-
-    total = sum(pair.nbytes for batch in batches for pair in batch)
-    done = 0
-    measured: dict[str, _Measured] = {}
-    wide = any(module.lora_B.dtype == "F64" for module in adapter.modules)
-    for batch, mapped in zip(batches, stream, strict=True):
-        layers = [_layer(adapter, pair, mapped[2 * index : 2 * index + 2]) for index, pair in enumerate(batch)]
-        results = sk.project_layers(layers, normalize=normalize, out_dtype=torch.float64 if wide else torch.float32)
-        copied.result()
-        for pair, layer, result in zip(batch, layers, results, strict=True):
-            v_norm = float(result.v_norm)
-            factors: Any = zip(
-                pair.modules, layer.lora_B, layer.lora_A, result.lora_B, result.cosine or (), strict=True
-            )
-            for module, lora_B, lora_A, projected, cosine in factors:
-                _check_finite(adapter, pair, module, layer, lora_B, lora_A, v_norm, float(cosine))
-                measured[module.name] = _numbers(lora_B, lora_A, projected, v_norm, float(cosine))
-                if staged is not None and v_norm:
-                    staged.replace(module.lora_B.name, _rounded(adapter, module, lora_B, projected))
-        done += sum(pair.nbytes for pair in batch)
-        del layers, results, layer, result, lora_B, lora_A, projected
-        if progress is not None:
-            progress(done, total)
-    return measured
-
-
-def _layer(adapter: Adapter, pair: _Pair, mapped: Sequence[MappedRange]) -> Any:
-    from safelora_kernels import LayerFactors
-
-    weights: list[torch.Tensor] = []
-    for match, memory in zip((pair.aligned, pair.base), mapped, strict=True):
-        weight = to_tensor(memory, match.info).flatten(1)
-        weights.append(weight.t() if match.transposed else weight)
-    return LayerFactors(
-        weights[0],
-        weights[1],
-        [adapter.read(module.lora_B.name).flatten(1) for module in pair.modules],
-        [adapter.read(module.lora_A.name).flatten(1) for module in pair.modules],
-    )
-
-
-def _check_finite(
-    adapter: Adapter,
-    pair: _Pair,
-    module: LoraModule,
-    layer: Any,
-    lora_B: torch.Tensor,
-    lora_A: torch.Tensor,
-    v_norm: float,
-    cosine: float,
-) -> None:
-    """Find and name the tensor behind a NaN or infinite result."""
-    if math.isfinite(v_norm) and v_norm and math.isfinite(cosine):
-        return
-    suspects = [
-        (pair.aligned.info, layer.aligned),
-        (pair.base.info, layer.base),
-        (module.lora_B, lora_B),
-        (module.lora_A, lora_A),
-    ]
-    for info, tensor in suspects if v_norm else suspects[2:]:
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise SafeLoraError(
-                f"{info.file if adapter.loaded is None or info.file != adapter.weights else adapter.weights}: tensor "
-                f"{info.name} holds {bad} NaN or infinite value(s). Nothing was written."
-            )
-    if v_norm:
-        raise SafeLoraError(f"module {module.name}: the projection overflows although all its inputs are finite.")
-
-
-def _numbers(
-    lora_B: torch.Tensor, lora_A: torch.Tensor, projected: torch.Tensor, v_norm: float, cosine: float
-) -> _Measured:
-    import torch
-
-    if not v_norm:
-        return _Measured(None, 0.0, None, 0.0, False)
-    squares = torch.zeros(3, dtype=torch.float64)
-    rows = max(1, _NORM_ELEMENTS // lora_B.shape[1])
-    for part, new in zip(lora_B.split(rows), projected.split(rows), strict=True):
-        before, after = part.double(), new.double()
-        squares += torch.stack([(matrix * matrix).sum() for matrix in (before, after, before - after)])
-    norm, norm_after, distance = squares.sqrt().tolist()
-    zero_update = False
-    if cosine == 0:
-        b, a = lora_B.double(), lora_A.double()
-        zero_update = not float(((b.T @ b) * (a @ a.T)).sum())
-    return _Measured(cosine, v_norm, norm_after / norm if norm else None, distance, zero_update)
-
-
-def _rounded(adapter: Adapter, module: LoraModule, lora_B: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-    rounded = projected.to(lora_B.dtype).contiguous()
-    if not bool(rounded.isfinite().all()):
-        raise SafeLoraError(
-            f"{adapter.weights}: the projected {module.lora_B.name} does not fit its dtype {module.lora_B.dtype} "
-            f"(largest value {float(projected.abs().max()):.3g}). Save the adapter in fp32 first."
+        warnings.append(
+            f"The adapter says it was trained on {adapter.base_model}, which was given as base, not as aligned."
         )
-    return rounded
+    return warnings
 
 
-def _select(plan: Sequence[PlannedModule], measured: dict[str, _Measured], options: dict[str, Any]) -> set[str]:
+def _select(plan: Sequence[PlannedModule], measured: dict[str, Measured], options: dict[str, Any]) -> set[str]:
     import torch
 
     import safelora_kernels as sk
@@ -358,7 +264,7 @@ def _select(plan: Sequence[PlannedModule], measured: dict[str, _Measured], optio
 
 
 def _module_reports(
-    plan: Sequence[PlannedModule], measured: dict[str, _Measured], selected: set[str], options: dict[str, Any]
+    plan: Sequence[PlannedModule], measured: dict[str, Measured], selected: set[str], options: dict[str, Any]
 ) -> list[ModuleReport]:
     rule = options["rule"]
     cosines = {
@@ -400,7 +306,7 @@ def _module_reports(
     return reports
 
 
-def _pdst(measured: dict[str, _Measured], selected: set[str]) -> float | None:
+def _pdst(measured: dict[str, Measured], selected: set[str]) -> float | None:
     values = [
         1.0 if name in selected else 1 / (1 + result.distance)
         for name, result in measured.items()

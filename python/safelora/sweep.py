@@ -60,7 +60,7 @@ class Sweep:
         return table
 
 
-def sweep(
+def sweep_thresholds(
     report: SafeLoraReport | str | os.PathLike[str],
     thresholds: Sequence[float] | None = None,
     *,

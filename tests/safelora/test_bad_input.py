@@ -315,7 +315,7 @@ def test_result_that_does_not_fit_its_dtype(inputs, tmp_path):
         ({"kasa_config": {"beta": 1}}, "KaSA"),
         ({"use_qalora": True}, "QA-LoRA"),
         ({"arrow_config": {"top_k": 2}}, "Arrow"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "mixture-of-experts"),
+        ({"target_parameters": "experts.gate_up_proj"}, "expected a list of names"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
         ({"peft_type": "LOHA"}, "only LORA"),
@@ -427,6 +427,7 @@ def test_bin_files_are_read_as_plain_tensors_only(inputs, tmp_path, content):
         ({"threshold": None, "num_layers": -1}, "num_layers is -1"),
         ({"threshold": None, "num_layers": 2.0}, "num_layers is 2.0"),
         ({"rule": "loose"}, "rule is 'loose'"),
+        ({"modules_to_save": "drop"}, "modules_to_save is 'drop'"),
         ({"normalize": "exact"}, "normalize is 'exact'"),
     ],
 )

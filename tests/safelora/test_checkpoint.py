@@ -115,6 +115,12 @@ def checkpoint(tmp_path: Path, *names: str, **config: object) -> Checkpoint:
             "suffix",
         ),
         ("llm.layers.0.q", ["model.layers.0.q.weight"], "model.layers.0.q.weight", "suffix"),
+        (
+            "model.vision_tower.layers.0.q",
+            ["vision_tower.vision_model.layers.0.q.weight", "vision_model.layers.0.q.weight"],
+            "vision_tower.vision_model.layers.0.q.weight",
+            "prefix",
+        ),
     ],
 )
 def test_names(tmp_path, module, names, expected, how):

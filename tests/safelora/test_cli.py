@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from safelora.cli import main
 from tests.safelora.zoo import factors, llama_modules, llama_tensors, shifted, write_adapter, write_checkpoint
@@ -236,3 +238,83 @@ def test_lazy_package():
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_directory_of_adapters(inputs, capsys):
+    second = write_adapter(Path(inputs.adapter) / "second", factors(llama_modules(), seed=9))
+    (second / "adapter_config.json").write_text((Path(inputs.adapter) / "adapter_config.json").read_text())
+    command = ["project", inputs.adapter, "--base", inputs.base, "--out", inputs.out, "--threshold", "1"]
+    assert main([*command, "--all-adapters"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["default", "second"]
+    assert (Path(inputs.out) / "second" / "adapter_model.safetensors").exists()
+    assert main([*command, "--all-adapters", "--dry-run", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"default", "second"}
+    assert main([*command, "--all-adapters", "--report", "x.json"]) == 2
+
+
+def test_a_full_fine_tune(inputs, tmp_path, capsys):
+    aligned = shifted(llama_tensors())
+    tuned = str(write_checkpoint(tmp_path / "tuned", shifted(aligned, seed=8)))
+    command = [
+        "project-model",
+        tuned,
+        "--base",
+        inputs.base,
+        "--aligned",
+        str(tmp_path / "aligned"),
+        "--num-layers",
+        "3",
+    ]
+    page = tmp_path / "page.html"
+    assert main([*command, "--out", inputs.out, "--exclude", "lm_head", "--report", str(page)]) == 0
+    assert capsys.readouterr().out.startswith("Safe LoRA projected 3 of 12 modules")
+    assert "</html>" in page.read_text()
+    assert main([*command, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_projected"] == 3
+
+
+def test_converting_an_adapter(tmp_path, capsys):
+    root = tmp_path / "mlx"
+    root.mkdir()
+    save_file(
+        {
+            "model.layers.0.self_attn.q_proj.lora_a": torch.ones(24, 4),
+            "model.layers.0.self_attn.q_proj.lora_b": torch.ones(4, 24),
+        },
+        root / "adapters.safetensors",
+    )
+    (root / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}}')
+    assert main(["convert", str(root), str(tmp_path / "peft"), "--model", "org/aligned", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"format": "mlx", "output": str(tmp_path / "peft")}
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["base_model_name_or_path"]) == (8.0, "org/aligned")
+    assert main(["convert", str(root), str(tmp_path / "peft")]) == 2
+    assert "not an empty directory" in capsys.readouterr().err
+
+
+def test_sweep_counts_what_a_projection_would_take(inputs, capsys, tmp_path):
+    command = [inputs.adapter, "--base", inputs.base]
+    assert main(["sweep", *command, "--thresholds", "0.3,0.6,1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    for row in rows:
+        assert main(["project", *command, "--dry-run", "--threshold", str(row["threshold"]), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["num_projected"] == row["selected"]
+    assert rows[-1]["selected"] > 0
+    saved = tmp_path / "r.json"
+    assert main(["project", *command, "--dry-run", "--num-layers", "1", "--quiet", "--report", str(saved)]) == 0
+    assert main(["sweep", str(saved), "--thresholds", "1"]) == 0
+    assert str(rows[-1]["selected"]) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("words", "message"), [([], "--base"), (["--base", "b", "--thresholds", "x"], "--thresholds")])
+def test_sweep_refuses(inputs, capsys, words, message):
+    assert main(["sweep", inputs.adapter, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_doctor(capsys, monkeypatch):
+    from safelora_kernels import doctor
+
+    monkeypatch.setattr(doctor, "_available", lambda: iter([("cpu", "cpu")]))
+    assert main(["doctor", "--no-speed", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["healthy"]

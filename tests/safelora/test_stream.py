@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import safelora.measure
 import safelora.project
 import safelora.stream
 from safelora import Checkpoint, project_adapter
@@ -76,7 +77,7 @@ def test_memory_of_a_whole_run_is_bounded_by_the_read_ahead(tmp_path, monkeypatc
     models = [write_checkpoint(tmp_path / "base", base), write_checkpoint(tmp_path / "aligned", shifted(base))]
     expected = project_adapter(adapter, *models, threshold=1, dry_run=True)
     layer = 2 * 4 * (2 * 24 * 24 + 2 * 8 * 24)
-    monkeypatch.setattr(safelora.project, "BATCH_BYTES", layer)
+    monkeypatch.setattr(safelora.measure, "BATCH_BYTES", layer)
     monkeypatch.setattr(safelora.project, "READ_AHEAD_BYTES", 2 * layer)
     mapped = Mapped(monkeypatch)
     report = project_adapter(adapter, *models, threshold=1, dry_run=True)

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-LLAMA_CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+LLAMA_CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False, "hidden_size": 24,
+    "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1,
+    "vocab_size": 31,
+}  # fmt: skip
 
 
 def llama_tensors(

@@ -1,0 +1,1 @@
+"""Entry points that other fine-tuning stacks load by name; each module needs its stack installed."""
