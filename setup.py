@@ -2,6 +2,9 @@
 
 SAFELORA_BUILD=auto (default): native where it can be, otherwise pure Python, with the reason recorded.
 SAFELORA_BUILD=native: fail where the native part cannot be built. SAFELORA_BUILD=pure: do not try.
+SAFELORA_CUDA=auto (default): the CUDA kernels too, where nvcc is found and torch is a CUDA build; a failure to build
+them leaves the CPU kernels alone, with the reason recorded. SAFELORA_CUDA=on: build them for any torch, or fail.
+SAFELORA_CUDA=off: do not try.
 SAFELORA_TORCH_DIR: the installed torch package to build against, where it is not found by itself.
 """
 
@@ -28,6 +31,7 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parent
 EXTENSION = Extension("safelora_kernels._C", sources=[], py_limited_api=True)
 LIBRARY = "_C.abi3.so"
+CUDA_LIBRARY = "_CUDA.abi3.so"
 BUILD_INFO = "_build_info.json"
 LOST = "the CPU kernels are left out, every op runs on its plain PyTorch reference (correct, but far slower)"
 REMEDY = "install a C++17 compiler and torch>=2.10, then reinstall with SAFELORA_BUILD=native to see any error in full"
@@ -47,6 +51,25 @@ def build_mode() -> str:
     if mode not in ("auto", "native", "pure"):
         raise SystemExit(f"SAFELORA_BUILD is {mode!r}: expected auto, native or pure")
     return mode
+
+
+def cuda_mode() -> str:
+    mode = os.environ.get("SAFELORA_CUDA", "auto")
+    if mode not in ("auto", "on", "off"):
+        raise SystemExit(f"SAFELORA_CUDA is {mode!r}: expected auto, on or off")
+    return mode
+
+
+def cuda_missing(torch_dir: Path) -> str:
+    """Why the CUDA kernels are not to be built, empty if they are."""
+    mode = cuda_mode()
+    if mode == "off":
+        return "SAFELORA_CUDA=off asked for no CUDA kernels"
+    if mode == "auto" and not re.search(r"^cuda\b.*= '", (torch_dir / "version.py").read_text(), re.MULTILINE):
+        return "torch is no CUDA build (SAFELORA_CUDA=on builds the CUDA kernels all the same)"
+    if find_tool(os.environ.get("CUDACXX", "nvcc")) is None:
+        return "nvcc was not found on PATH (set CUDACXX to it)"
+    return ""
 
 
 def find_torch() -> Path:
@@ -103,15 +126,35 @@ def run_tool(command: list[str]) -> None:
         raise NativeBuildError(f"{' '.join(command[:2])} failed: {detail or done.stdout.strip()[-300:]}")
 
 
-def build_native(destination: Path) -> dict[str, str]:
-    """Configure, compile and put the library into ``destination``; returns what it was built with."""
+def build_native(destination: Path) -> dict[str, object]:
+    """Configure, compile and put the libraries into ``destination``; returns what was built, and with what."""
     torch_dir = find_torch()
+    version = re.search(r"__version__ = '(.+)'", (torch_dir / "version.py").read_text())
+    info: dict[str, object] = {"torch": version.group(1) if version else "unknown", "cuda": False}
+    reason = cuda_missing(torch_dir)
+    if not reason:
+        try:
+            run_cmake(torch_dir, destination, cuda=True)
+        except NativeBuildError as error:
+            reason = str(error)
+        else:
+            return {**info, "cuda": True}
+    if cuda_mode() == "on":
+        raise NativeBuildError(reason)
+    print(f"safelora-kernels: no CUDA kernels: {reason}", file=sys.stderr, flush=True)
+    (destination / CUDA_LIBRARY).unlink(missing_ok=True)
+    run_cmake(torch_dir, destination, cuda=False)
+    return {**info, "cuda_reason": reason}
+
+
+def run_cmake(torch_dir: Path, destination: Path, *, cuda: bool) -> None:
     cmake = find_tool("cmake")
     if cmake is None:
         raise NativeBuildError("cmake (>= 3.18) was not found")
     tree = ROOT / "build" / "cmake"
     ninja = find_tool("ninja")
     configure = [cmake, "-S", str(ROOT), "-B", str(tree), f"-DSAFELORA_TORCH_DIR={torch_dir}"]
+    configure.append(f"-DSAFELORA_CUDA={'ON' if cuda else 'OFF'}")
     if ninja:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     try:
@@ -124,8 +167,6 @@ def build_native(destination: Path) -> dict[str, str]:
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
     run_tool([cmake, "--build", str(tree), "--parallel", jobs])
     run_tool([cmake, "--install", str(tree), "--component", "python", "--strip", "--prefix", str(destination)])
-    version = re.search(r"__version__ = '(.+)'", (torch_dir / "version.py").read_text())
-    return {"torch": version.group(1) if version else "unknown"}
 
 
 class BuildNative(build_ext):
@@ -141,11 +182,13 @@ class BuildNative(build_ext):
                 raise NativeBuildError("SAFELORA_BUILD=pure asked for a pure-Python install")
             info: dict[str, object] = {"native": True, **build_native(package)}
         except NativeBuildError as error:
-            if mode == "native":
-                raise SystemExit(f"SAFELORA_BUILD=native, but {error}") from error
+            asked = "SAFELORA_BUILD=native" if mode == "native" else "SAFELORA_CUDA=on" if cuda_mode() == "on" else ""
+            if asked:
+                raise SystemExit(f"{asked}, but {error}") from error
             print(f"safelora-kernels: {error}; {LOST}. To get them: {REMEDY}.", file=sys.stderr, flush=True)
             info = {"native": False, "reason": str(error)}
-            (package / LIBRARY).unlink(missing_ok=True)
+            for library in (LIBRARY, CUDA_LIBRARY):
+                (package / library).unlink(missing_ok=True)
             self.extensions = self.distribution.ext_modules = []
         (package / BUILD_INFO).write_text(json.dumps(info, indent=1) + "\n")
 

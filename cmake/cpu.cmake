@@ -14,6 +14,7 @@ set(SAFELORA_AMX_FLAGS ${SAFELORA_AVX512_FLAGS} -mavx512bf16 -mavx512vbmi -mamx-
 add_library(
   safelora_kernels
   csrc/cpu/cpu_features.cpp
+  csrc/cpu/debug.cpp
   csrc/cpu/isa_scalar.cpp
   csrc/cpu/parallel.cpp
   csrc/cpu/project_layers.cpp

@@ -13,6 +13,20 @@ install(
   DESTINATION "${config_dir}"
   COMPONENT cpp)
 
+if(SAFELORA_CUDA)
+  set_target_properties(safelora_kernels_cuda PROPERTIES EXPORT_NAME cuda)
+  install(
+    TARGETS safelora_kernels_cuda
+    EXPORT safelora_kernels_cuda
+    COMPONENT cpp)
+  install(
+    EXPORT safelora_kernels_cuda
+    NAMESPACE safelora_kernels::
+    FILE safelora_kernelsCudaTargets.cmake
+    DESTINATION "${config_dir}"
+    COMPONENT cpp)
+endif()
+
 configure_package_config_file(cmake/safelora_kernelsConfig.cmake.in safelora_kernelsConfig.cmake
                               INSTALL_DESTINATION "${config_dir}")
 write_basic_package_version_file(safelora_kernelsConfigVersion.cmake COMPATIBILITY SameMinorVersion)

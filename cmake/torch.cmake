@@ -1,5 +1,5 @@
-# _C.abi3.so: registers the CPU kernels with PyTorch through the LibTorch stable ABI.
-# It holds no PyInit function, so it serves every CPython and every torch from the target version on.
+# _C.abi3.so and _CUDA.abi3.so: register the kernels with PyTorch through the LibTorch stable ABI.
+# They hold no PyInit function, so they serve every CPython and every torch from the target version on.
 set(SAFELORA_TORCH_TARGET_MAJOR 2)
 set(SAFELORA_TORCH_TARGET_MINOR 10)
 set(SAFELORA_TORCH_TARGET_VERSION 0x020a000000000000ULL)
@@ -23,21 +23,34 @@ if(NOT SAFELORA_TORCH_CPU)
   message(FATAL_ERROR "libtorch_cpu is missing from ${SAFELORA_TORCH_DIR}/lib")
 endif()
 
+# A module named safelora_kernels/<name>.abi3.so.
+function(safelora_torch_module name)
+  target_include_directories(${name} SYSTEM PRIVATE "${SAFELORA_TORCH_DIR}/include")
+  target_compile_options(${name} PRIVATE "-ffile-prefix-map=${SAFELORA_TORCH_DIR}/include/=")
+  target_compile_definitions(${name} PRIVATE TORCH_TARGET_VERSION=${SAFELORA_TORCH_TARGET_VERSION})
+  # libtorch_cpu carries copies of a few libstdc++ functions; named first, the real ones win.
+  target_link_libraries(${name} PRIVATE safelora_options safelora_kernels $<$<CXX_COMPILER_ID:GNU>:stdc++> "${SAFELORA_TORCH_CPU}")
+  set_target_properties(
+    ${name}
+    PROPERTIES PREFIX ""
+               SUFFIX ".abi3.so"
+               CXX_VISIBILITY_PRESET hidden
+               VISIBILITY_INLINES_HIDDEN ON
+               BUILD_WITH_INSTALL_RPATH ON
+               INSTALL_RPATH "")
+  if(NOT APPLE)
+    target_link_options(${name} PRIVATE -Wl,--exclude-libs,ALL -Wl,--as-needed)
+  endif()
+  install(TARGETS ${name} LIBRARY DESTINATION . COMPONENT python EXCLUDE_FROM_ALL)
+endfunction()
+
 add_library(_C MODULE csrc/torch/library.cpp)
-target_include_directories(_C SYSTEM PRIVATE "${SAFELORA_TORCH_DIR}/include")
-target_compile_options(_C PRIVATE "-ffile-prefix-map=${SAFELORA_TORCH_DIR}/include/=")
-target_compile_definitions(_C PRIVATE TORCH_TARGET_VERSION=${SAFELORA_TORCH_TARGET_VERSION})
-# libtorch_cpu carries copies of a few libstdc++ functions; named first, the real ones win.
-target_link_libraries(_C PRIVATE safelora_options safelora_kernels $<$<CXX_COMPILER_ID:GNU>:stdc++> "${SAFELORA_TORCH_CPU}")
-set_target_properties(
-  _C
-  PROPERTIES PREFIX ""
-             SUFFIX ".abi3.so"
-             CXX_VISIBILITY_PRESET hidden
-             VISIBILITY_INLINES_HIDDEN ON
-             BUILD_WITH_INSTALL_RPATH ON
-             INSTALL_RPATH "")
-if(NOT APPLE)
-  target_link_options(_C PRIVATE -Wl,--exclude-libs,ALL -Wl,--as-needed)
+safelora_torch_module(_C)
+
+# A file of its own, so that CPU users need not carry it, and so that the CPU kernels load where this one does not.
+if(SAFELORA_CUDA)
+  add_library(_CUDA MODULE csrc/torch/cuda_library.cpp csrc/torch/cuda_call.cpp)
+  target_link_libraries(_CUDA PRIVATE safelora_kernels_cuda)
+  safelora_torch_module(_CUDA)
+  set_target_properties(_CUDA PROPERTIES LINKER_LANGUAGE CXX)
 endif()
-install(TARGETS _C LIBRARY DESTINATION . COMPONENT python EXCLUDE_FROM_ALL)

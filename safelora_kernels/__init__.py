@@ -12,11 +12,12 @@ from .functional import (
     project_out,
     project_out_layers,
     project_out_layers_,
+    project_selected_layers,
     salora_linear,
     select_layers,
     update_cosine,
 )
-from .types import LayerFactors, Projection
+from .types import LayerFactors, Projection, SelectedProjection
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "Explanation",
     "LayerFactors",
     "Projection",
+    "SelectedProjection",
     "backends",
     "explain",
     "project_layers",
@@ -32,6 +34,7 @@ __all__ = [
     "project_out",
     "project_out_layers",
     "project_out_layers_",
+    "project_selected_layers",
     "reference",
     "salora_linear",
     "select_layers",

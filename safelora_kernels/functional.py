@@ -11,13 +11,14 @@ RuntimeError where ``backend`` (or ``SAFELORA_BACKEND``) asks for an implementat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import autograd
 from .backends import launcher
-from .types import LayerFactors, Normalize, Projection, Rule, Side
+from .types import LayerFactors, Normalize, Projection, Rule, SelectedProjection, Side
 from .validation import (
     check_choice,
     check_float_dtype,
@@ -90,37 +91,78 @@ def project_layers(
 
     Source: Safe LoRA, arXiv 2405.16833, eq. for C = V Vᵀ / ‖V‖_F.
     """
+    flat = _flatten("project_layers", layers, normalize, out_dtype)
+    if not layers:
+        return []
+    run = launcher("project_layers", flat.tensors(), backend, out_dtype)
+    projected, norms, cosines = run(*flat.lists(), normalize, out_dtype)
+    cosine_of = [c if a.shape[0] else None for c, a in zip(cosines.unbind(), flat.lora_A, strict=True)]
+    return [
+        Projection(b, norm, cosine)
+        for b, norm, cosine in zip(_nest(projected, layers), norms.unbind(), _nest(cosine_of, layers), strict=True)
+    ]
+
+
+def project_selected_layers(
+    layers: Sequence[LayerFactors],
+    *,
+    threshold: float | None = None,
+    num_layers: int | None = None,
+    rule: Rule = "strict",
+    normalize: Normalize = "frobenius",
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> SelectedProjection:
+    """Safe LoRA in one call: projects the adapters that :func:`select_layers` chooses and keeps the others.
+
+    The factors of :func:`project_layers` where ``select_layers(cosine)`` holds, and the given ones elsewhere: these are
+    bit-identical unless ``out_dtype`` rounds them. All adapters of the call are compared with each other; nothing is
+    copied to the host. An adapter without ``lora_A`` has cosine NaN and is never selected.
+
+    Args:
+        layers, normalize, out_dtype: as in :func:`project_layers`.
+        threshold, num_layers, rule: as in :func:`select_layers`; ``num_layers`` counts adapters.
+        backend: name of the backend to use; by default the best one for the device.
+
+    Returns:
+        A :class:`SelectedProjection`.
+
+    Raises:
+        RuntimeError: also when a tensor requires grad in grad mode, since no gradient is defined.
+
+    Source: Safe LoRA, arXiv 2405.16833.
+    """
+    _check_selection(threshold, num_layers, rule)
+    flat = _flatten("project_selected_layers", layers, normalize, out_dtype)
+    if not layers:
+        nothing = torch.zeros(0, dtype=torch.float64)
+        return SelectedProjection([], nothing, nothing.clone(), nothing.bool())
+    run = launcher("project_selected_layers", flat.tensors(), backend, out_dtype)
+    final, norms, cosines, selected = run(*flat.lists(), threshold, num_layers, rule, normalize, out_dtype)
+    return SelectedProjection(_nest(final, layers), norms, cosines, selected)
+
+
+def _flatten(function: str, layers: Sequence[LayerFactors], normalize: str, out_dtype: torch.dtype | None) -> _Factors:
+    """Checks the arguments that the projections share."""
     check_choice("normalize", normalize, _NORMALIZE)
     if out_dtype is not None:
         check_float_dtype("out_dtype", out_dtype)
     check_sequence("layers", layers)
-    if not layers:
-        return []
     flat = _Factors()
     for index, layer in enumerate(layers):
         flat.add(f"layers[{index}]", LayerFactors(*layer))
-    tensors = [*flat.aligned, *flat.base, *flat.lora_B, *flat.lora_A]
-    refuse_grad("project_layers", tensors)
-    run = launcher("project_layers", tensors, backend)
-    projected, norms, cosines = run(
-        flat.aligned, flat.base, flat.lora_B, flat.lora_A, flat.layer_of, normalize, out_dtype
-    )
-    cosine_of = [c if a.shape[0] else None for c, a in zip(cosines.unbind(), flat.lora_A, strict=True)]
-    results = []
-    first = 0
-    for layer, norm in zip(layers, norms.unbind(), strict=True):
-        if isinstance(layer[2], Tensor):
-            results.append(Projection(projected[first], norm, cosine_of[first]))
-            first += 1
-        else:
-            last = first + len(layer[2])
-            results.append(Projection(projected[first:last], norm, cosine_of[first:last]))
-            first = last
-    return results
+    refuse_grad(function, flat.tensors())
+    return flat
+
+
+def _nest(values: Sequence[Any], layers: Sequence[LayerFactors]) -> list[Any]:
+    """One value per adapter as one per layer: a list where the layer was given with lists."""
+    left = iter(values)
+    return [next(left) if isinstance(layer[2], Tensor) else [next(left) for _ in layer[2]] for layer in layers]
 
 
 class _Factors:
-    """The tensor lists of the project_layers operator; a missing lora_A is an empty (0, d_in) tensor."""
+    """The tensor lists of the projection operators; a missing lora_A is an empty (0, d_in) tensor."""
 
     def __init__(self) -> None:
         self.aligned: list[Tensor] = []
@@ -128,6 +170,12 @@ class _Factors:
         self.lora_B: list[Tensor] = []
         self.lora_A: list[Tensor] = []
         self.layer_of: list[int] = []
+
+    def lists(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[int]]:
+        return self.aligned, self.base, self.lora_B, self.lora_A, self.layer_of
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.aligned, *self.base, *self.lora_B, *self.lora_A]
 
     def add(self, name: str, layer: LayerFactors) -> None:
         aligned, base, lora_B, lora_A = layer
@@ -243,12 +291,18 @@ def select_layers(
 
     Source: Safe LoRA, arXiv 2405.16833, and the authors' code for the rounding and the ties.
     """
-    check_choice("rule", rule, _RULES)
+    _check_selection(threshold, num_layers, rule)
     if not isinstance(cosines, Tensor):
         raise TypeError(f"cosines must be a torch.Tensor, got {type(cosines).__name__}: torch.stack() 0-dim results")
     check_float_dtype("cosines.dtype", cosines.dtype)
     if cosines.dim() != 1:
         raise ValueError(f"cosines must be 1-D, got shape {tuple(cosines.shape)}")
+    selected: Tensor = launcher("select_layers", [cosines], backend)(cosines.detach(), threshold, num_layers, rule)
+    return selected
+
+
+def _check_selection(threshold: float | None, num_layers: int | None, rule: str) -> None:
+    check_choice("rule", rule, _RULES)
     if (threshold is None) == (num_layers is None):
         found = "neither" if threshold is None else "both"
         raise ValueError(f"give exactly one of threshold and num_layers, got {found}")
@@ -256,8 +310,6 @@ def select_layers(
         check_threshold(threshold)
     else:
         check_num_layers(num_layers)
-    selected: Tensor = launcher("select_layers", [cosines], backend)(cosines.detach(), threshold, num_layers, rule)
-    return selected
 
 
 def project_out(x: Tensor, basis: Tensor, *, side: Side = "left", backend: str | None = None) -> Tensor:

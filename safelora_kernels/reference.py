@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from .types import LayerFactors, Normalize, Projection, Rule, Side
+from .types import LayerFactors, Normalize, Projection, Rule, SelectedProjection, Side
 
 __all__ = [
     "project_layers",
@@ -23,6 +23,7 @@ __all__ = [
     "project_out",
     "project_out_layers",
     "project_out_layers_",
+    "project_selected_layers",
     "salora_linear",
     "select_layers",
     "update_cosine",
@@ -108,6 +109,47 @@ def project_layers(
 ) -> list[Projection]:
     """``B' = V (Vᵀ B) / ‖V‖_F`` and the cosine between ``B' A`` and ``B A``, layer by layer."""
     return [project_lowrank(*LayerFactors(*layer), normalize=normalize, out_dtype=out_dtype) for layer in layers]
+
+
+def project_selected_layers(
+    layers: Sequence[LayerFactors],
+    *,
+    threshold: float | None = None,
+    num_layers: int | None = None,
+    rule: Rule = "strict",
+    normalize: Normalize = "frobenius",
+    out_dtype: torch.dtype | None = None,
+) -> SelectedProjection:
+    """:func:`project_layers`, :func:`select_layers` over all adapters, and the factor given wherever not selected."""
+    results = project_layers(layers, normalize=normalize, out_dtype=out_dtype)
+    projected: list[Tensor] = []
+    originals: list[Tensor] = []
+    cosines: list[Tensor] = []
+    for layer, result in zip(layers, results, strict=True):
+        single = isinstance(result.lora_B, Tensor)
+        for new, old, value in zip(
+            [result.lora_B] if single else result.lora_B,
+            [layer[2]] if single else layer[2],
+            [result.cosine] if single else result.cosine,  # type: ignore[arg-type]
+            strict=True,
+        ):
+            projected.append(new)
+            originals.append(old)
+            cosines.append(torch.full_like(result.v_norm, torch.nan) if value is None else value)
+    cosine = torch.stack(cosines) if cosines else torch.zeros(0, dtype=torch.float64)
+    selected = select_layers(cosine, threshold=threshold, num_layers=num_layers, rule=rule)
+    final = iter(keep_unselected(projected, originals, selected))
+    nested = [next(final) if isinstance(r.lora_B, Tensor) else [next(final) for _ in r.lora_B] for r in results]
+    norms = torch.stack([r.v_norm for r in results]) if results else torch.zeros(0, dtype=torch.float64)
+    return SelectedProjection(nested, norms, cosine, selected)
+
+
+def keep_unselected(projected: Sequence[Tensor], lora_B: Sequence[Tensor], selected: Tensor) -> list[Tensor]:
+    """``projected`` where selected, else ``lora_B`` in the same dtype."""
+    return [
+        torch.where(chosen, new, old.to(new.dtype))
+        for new, old, chosen in zip(projected, lora_B, selected.unbind(), strict=True)
+    ]
 
 
 def project_lowrank(

@@ -16,6 +16,11 @@ SCHEMAS = {
         "(Tensor[] aligned, Tensor[] base, Tensor[] lora_B, Tensor[] lora_A, int[] layer_of, "
         'str normalize="frobenius", ScalarType? out_dtype=None) -> (Tensor[], Tensor, Tensor)'
     ),
+    "project_selected_layers": (
+        "(Tensor[] aligned, Tensor[] base, Tensor[] lora_B, Tensor[] lora_A, int[] layer_of, float? threshold=None, "
+        'int? num_layers=None, str rule="strict", str normalize="frobenius", ScalarType? out_dtype=None) '
+        "-> (Tensor[], Tensor, Tensor, Tensor)"
+    ),
     "update_cosine": "(Tensor[] lora_B_new, Tensor[] lora_B, Tensor[] lora_A) -> Tensor",
     "select_layers": '(Tensor cosines, float? threshold=None, int? num_layers=None, str rule="strict") -> Tensor',
     "project_out_layers": '(Tensor[] xs, Tensor[] bases, str side="left") -> Tensor[]',
@@ -53,6 +58,22 @@ def project_layers_fake(
     )
     projected = [b.new_empty(b.shape, dtype=out_dtype or b.dtype) for b in lora_B]
     return projected, _new_fp64(aligned, len(aligned)), _new_fp64(aligned, len(lora_B))
+
+
+def project_selected_layers_fake(
+    aligned: Sequence[Tensor],
+    base: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    lora_A: Sequence[Tensor],
+    layer_of: Sequence[int],
+    threshold: float | None = None,
+    num_layers: int | None = None,
+    rule: str = "strict",
+    normalize: str = "frobenius",
+    out_dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    final, norms, cosines = project_layers_fake(aligned, base, lora_B, lora_A, layer_of, normalize, out_dtype)
+    return final, norms, cosines, select_layers_fake(cosines, threshold, num_layers, rule)
 
 
 def update_cosine_fake(lora_B_new: Sequence[Tensor], lora_B: Sequence[Tensor], lora_A: Sequence[Tensor]) -> Tensor:
@@ -94,6 +115,7 @@ def salora_linear_backward_fake(*inputs: Any) -> tuple[Tensor, ...]:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "project_layers": project_layers_fake,
+    "project_selected_layers": project_selected_layers_fake,
     "update_cosine": update_cosine_fake,
     "select_layers": select_layers_fake,
     "project_out_layers": project_out_layers_fake,
@@ -102,6 +124,12 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "salora_linear_backward": salora_linear_backward_fake,
 }
 
-for _name, _schema in SCHEMAS.items():
-    torch.library.define(f"safelora::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"safelora::{_name}", _FAKES[_name])
+
+def define(namespace: str, op: str) -> None:
+    """Declares the operator ``op`` with its fake in a namespace."""
+    torch.library.define(f"{namespace}::{op}", SCHEMAS[op], tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{namespace}::{op}", _FAKES[op])
+
+
+for _name in SCHEMAS:
+    define("safelora", _name)

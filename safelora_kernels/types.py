@@ -36,3 +36,17 @@ class Projection(NamedTuple):
     lora_B: Tensor | list[Tensor]
     v_norm: Tensor
     cosine: Tensor | list[Tensor | None] | None
+
+
+class SelectedProjection(NamedTuple):
+    """The result of a projection of the selected layers alone.
+
+    ``lora_B`` holds the final factors, one per layer or a list where the layer was given with lists: projected where
+    selected, the given one elsewhere. ``v_norm`` is ``(layers,)`` fp64. ``cosine``, fp64, and ``selected``, bool, have
+    one entry per adapter, layer by layer; the cosine is NaN where no ``lora_A`` was given.
+    """
+
+    lora_B: list[Tensor | list[Tensor]]
+    v_norm: Tensor
+    cosine: Tensor
+    selected: Tensor

@@ -87,14 +87,6 @@ Isa active_isa() {
   return isa;
 }
 
-bool debug() {
-  static const bool on = [] {
-    const char* value = std::getenv("SAFELORA_DEBUG");
-    return value != nullptr && std::string(value) == "1";
-  }();
-  return on;
-}
-
 namespace detail {
 
 static const IsaTable& table() {

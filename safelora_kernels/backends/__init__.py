@@ -1,8 +1,8 @@
 """Which implementations exist on this machine, which one a call takes, and why not another.
 
-Without a request the PyTorch dispatcher chooses: a native kernel for the device of the tensors where one is
-registered, else the reference. ``backend=`` on a call, or ``SAFELORA_BACKEND`` for the whole process (read at import),
-asks for one by name; a request that cannot be met raises.
+Without a request the PyTorch dispatcher chooses by the device of the tensors: CUDA kernels, Triton's where those are
+not loaded, native CPU kernels, else the reference. ``backend=`` on a call, or ``SAFELORA_BACKEND`` for the whole
+process (read at import), asks for one by name; a request that cannot be met raises.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..schemas import SCHEMAS
-from . import cpu, reference
+from . import cpu, cuda, reference, triton
 
 OPS: dict[str, Callable[..., Any]] = {name: getattr(torch.ops.safelora, name).default for name in SCHEMAS}
 FORCED: str | None = os.environ.get("SAFELORA_BACKEND") or None
@@ -42,35 +42,61 @@ class Explanation(NamedTuple):
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.rejected.items()])
 
 
+def _always(op: str, tensors: Sequence[Tensor], out_dtype: torch.dtype | None) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class _Backend:
-    status: BackendStatus
-    device: str | None
-    launchers: Mapping[str, Callable[..., Any]]
+    """``status`` may ask for devices, so it is called when it matters and not at import."""
 
-    def refusal(self, op: str, tensors: Iterable[Tensor]) -> str:
+    status: Callable[[], tuple[bool, str]]
+    device: Callable[[], str | None]
+    launchers: Mapping[str, Callable[..., Any]]
+    unsupported: Callable[[str, Sequence[Tensor], torch.dtype | None], str] = _always
+    on_request: Callable[[], str] = str
+
+    def refusal(self, op: str, tensors: Sequence[Tensor], out_dtype: torch.dtype | None, asked: bool) -> str:
         """Why this backend cannot take the call; empty if it can."""
-        if not self.status.available:
-            return self.status.reason
+        available, reason = self.status()
+        if not available:
+            return reason
         if op not in self.launchers:
             return f"it has no kernel for {op}"
-        if self.device is not None:
+        device = self.device()
+        if device is not None:
             for tensor in tensors:
-                if tensor.device.type != self.device:
-                    return f"it runs on {self.device} tensors, found one on {tensor.device}"
-        return ""
+                if tensor.device.type != device:
+                    return f"it runs on {device} tensors, found one on {tensor.device}"
+        return self.unsupported(op, tensors, out_dtype) or ("" if asked else self.on_request())
 
+
+def _on(device: str) -> Callable[[], str]:
+    return lambda: device
+
+
+def _by_dispatch(implemented: Iterable[str]) -> dict[str, Callable[..., Any]]:
+    return {op: OPS[op] for op in implemented}
+
+
+_CPU_OPS = cpu.implemented(SCHEMAS)
+_CUDA_OPS = cuda.implemented(SCHEMAS)
+triton.register()
 
 # In the order of preference, which is the order in which the dispatcher looks.
 _REGISTRY = {
-    "cpu": _Backend(BackendStatus(*cpu.STATUS), "cpu", {op: OPS[op] for op in cpu.implemented(SCHEMAS)}),
-    "reference": _Backend(BackendStatus(True, "plain torch, any device"), None, reference.LAUNCHERS),
+    "cuda": _Backend(lambda: cuda.STATUS, _on("cuda"), _by_dispatch(_CUDA_OPS)),
+    "triton": _Backend(triton.status, triton.device, triton.LAUNCHERS, triton.unsupported, triton.on_request),
+    "cpu": _Backend(
+        lambda: cpu.STATUS, _on("cpu"), _by_dispatch([*_CPU_OPS, *(reference.COMPOSED if _CPU_OPS else ())])
+    ),
+    "reference": _Backend(lambda: (True, "plain torch, any device"), lambda: None, reference.LAUNCHERS),
 }
 
 
 def backends() -> dict[str, BackendStatus]:
     """Every backend by name, with whether it can run here and why."""
-    return {name: backend.status for name, backend in _REGISTRY.items()}
+    return {name: BackendStatus(*backend.status()) for name, backend in _REGISTRY.items()}
 
 
 def _requested(backend: str | None) -> tuple[str, str]:
@@ -85,7 +111,9 @@ def _requested(backend: str | None) -> tuple[str, str]:
     return name, origin
 
 
-def launcher(op: str, tensors: Sequence[Tensor], backend: str | None) -> Callable[..., Any]:
+def launcher(
+    op: str, tensors: Sequence[Tensor], backend: str | None, out_dtype: torch.dtype | None = None
+) -> Callable[..., Any]:
     """The callable with the operator's schema that serves this call.
 
     Raises ValueError for an unknown backend, and RuntimeError where the one asked for cannot take the call.
@@ -94,7 +122,7 @@ def launcher(op: str, tensors: Sequence[Tensor], backend: str | None) -> Callabl
     if not name:
         return OPS[op]
     chosen = _REGISTRY[name]
-    refusal = chosen.refusal(op, tensors)
+    refusal = chosen.refusal(op, tensors, out_dtype, asked=True)
     if refusal:
         raise RuntimeError(
             f"{origin} cannot run {op}: {refusal}. Leave the backend out to fall back to one that can "
@@ -129,8 +157,9 @@ def explain(op_name: str, *args: Any, backend: str | None = None, **options: Any
         known = ", ".join(sorted({*SCHEMAS, *_ALIASES}))
         raise ValueError(f"no operator is called {op_name!r}: use one of {known}")
     tensors = _tensors_in([*args, *options.values()])
+    out_dtype = next((value for value in (*args, *options.values()) if isinstance(value, torch.dtype)), None)
     name, origin = _requested(backend)
-    refusals = {key: entry.refusal(op, tensors) for key, entry in _REGISTRY.items()}
+    refusals = {key: entry.refusal(op, tensors, out_dtype, asked=key == name) for key, entry in _REGISTRY.items()}
     if name:
         rejected = {key: reason or f"{origin} asks for {name}" for key, reason in refusals.items() if key != name}
         if refusals[name]:
@@ -138,4 +167,4 @@ def explain(op_name: str, *args: Any, backend: str | None = None, **options: Any
         return Explanation(op_name, name, f"asked for by {origin}", rejected)
     taken = next(key for key, reason in refusals.items() if not reason)
     rejected = {key: reason or f"{taken} comes first" for key, reason in refusals.items() if key != taken}
-    return Explanation(op_name, taken, _REGISTRY[taken].status.reason, rejected)
+    return Explanation(op_name, taken, _REGISTRY[taken].status()[1], rejected)

@@ -25,9 +25,8 @@ def project_layers(
     normalize: str = "frobenius",
     out_dtype: torch.dtype | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:
-    projected: list[Tensor] = []
+    projected, cosines = list(lora_B), list(lora_B)
     norms: list[Tensor] = []
-    cosines: list[Tensor] = []
     for layer, (weight_aligned, weight_base) in enumerate(zip(aligned, base, strict=True)):
         factors = [f for f, owner in enumerate(layer_of) if owner == layer]
         new, norm, cosine = reference.project_factors(
@@ -38,14 +37,38 @@ def project_layers(
             normalize,
             out_dtype,
         )
-        projected.extend(_fresh(b) for b in new)
         norms.append(norm)
-        cosines.extend(torch.full_like(norm, torch.nan) if c is None else c for c in cosine)
+        for f, b, c in zip(factors, new, cosine, strict=True):
+            projected[f] = _fresh(b)
+            cosines[f] = torch.full_like(norm, torch.nan) if c is None else c
     return projected, _stack(norms), _stack(cosines)
 
 
 def _stack(values: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(values)) if values else torch.zeros(0, dtype=torch.float64)
+
+
+def _project_selected(project: Callable[..., Any], select: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator made of two others."""
+
+    def project_selected_layers(
+        aligned: Sequence[Tensor],
+        base: Sequence[Tensor],
+        lora_B: Sequence[Tensor],
+        lora_A: Sequence[Tensor],
+        layer_of: Sequence[int],
+        threshold: float | None = None,
+        num_layers: int | None = None,
+        rule: str = "strict",
+        normalize: str = "frobenius",
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        projected, norms, cosines = project(aligned, base, lora_B, lora_A, layer_of, normalize, out_dtype)
+        selected = select(cosines, threshold, num_layers, rule)
+        final = reference.keep_unselected(projected, lora_B, selected)
+        return [_fresh(b) for b in final], norms, cosines, selected
+
+    return project_selected_layers
 
 
 def update_cosine(lora_B_new: Sequence[Tensor], lora_B: Sequence[Tensor], lora_A: Sequence[Tensor]) -> Tensor:
@@ -80,6 +103,7 @@ def salora_linear_backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {
     "project_layers": project_layers,
+    "project_selected_layers": _project_selected(project_layers, select_layers),
     "update_cosine": update_cosine,
     "select_layers": select_layers,
     "project_out_layers": project_out_layers,
@@ -88,5 +112,12 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "salora_linear_backward": salora_linear_backward,
 }
 
-for _op, _launcher in LAUNCHERS.items():
+# Made of two operators, each with the kernel of the device, where the device has none for the whole.
+COMPOSED: dict[str, Callable[..., Any]] = {
+    "project_selected_layers": _project_selected(
+        torch.ops.safelora.project_layers.default, torch.ops.safelora.select_layers.default
+    ),
+}
+
+for _op, _launcher in {**LAUNCHERS, **COMPOSED}.items():
     torch.library.impl(f"safelora::{_op}", "CompositeExplicitAutograd", _launcher)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import safelora_kernels as sk
-from safelora_kernels.backends import OPS, cpu
+from safelora_kernels.backends import OPS, cpu, reference, triton
 
 ROOT = Path(sk.__file__).resolve().parent.parent
 NATIVE = sk.backends()["cpu"].available
@@ -35,7 +35,7 @@ def python(code: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProce
 
 def test_every_backend_has_a_status_and_a_reason() -> None:
     statuses = sk.backends()
-    assert set(statuses) == {"cpu", "reference"}
+    assert list(statuses) == ["cuda", "triton", "cpu", "reference"]
     assert statuses["reference"].available
     assert all(status.reason for status in statuses.values())
     assert (cpu.LIBRARY.exists() and not os.environ.get("SAFELORA_DISABLE_NATIVE")) == NATIVE
@@ -45,7 +45,7 @@ def test_explain_names_the_backend_and_the_reasons() -> None:
     w, b = torch.randn(4, 6), torch.randn(4, 2)
     best = sk.explain("project_lowrank", w, w, b)
     assert best.backend == ("cpu" if NATIVE else "reference")
-    assert set(best.rejected) == {"cpu", "reference"} - {best.backend}
+    assert set(best.rejected) == {"cuda", "triton", "cpu", "reference"} - {best.backend}
     assert all(best.rejected.values())
 
     asked = sk.explain("project_layers", [sk.LayerFactors(w, w, b)], backend="reference")
@@ -72,7 +72,7 @@ def test_explain_speaks_of_what_happens(backend: str) -> None:
 
 def test_unknown_names_are_refused() -> None:
     x = torch.randn(4, 2)
-    with pytest.raises(ValueError, match="backend='gpu' names no backend: use one of cpu, reference"):
+    with pytest.raises(ValueError, match="backend='gpu' names no backend: use one of cuda, triton, cpu, reference"):
         sk.project_out(x, x, backend="gpu")
     with pytest.raises(ValueError, match="backend='' names no backend"):
         sk.project_out(x, x, backend="")
@@ -91,7 +91,7 @@ def test_a_backend_that_cannot_take_the_tensors_raises() -> None:
 def test_the_native_library_serves_every_operator() -> None:
     if not NATIVE:
         pytest.skip(f"no native kernels: {sk.backends()['cpu'].reason}")
-    assert cpu.implemented(OPS) == list(OPS)
+    assert cpu.implemented(OPS) == [op for op in OPS if op not in reference.COMPOSED]
 
 
 def test_disabled_native_part() -> None:
@@ -170,10 +170,79 @@ def test_a_call_overrules_the_environment() -> None:
 
 
 def test_import_stays_light() -> None:
-    code = (
-        "import sys, safelora_kernels; print([m for m in ('transformers', 'peft', 'safetensors') if m in sys.modules])"
-    )
+    code = """
+import sys, safelora_kernels as sk
+sk.backends(), sk.explain("select_layers")
+print([m for m in ('transformers', 'peft', 'safetensors', 'triton') if m in sys.modules])
+"""
     assert python(code).stdout == "[]\n"
+
+
+HAS_GPU_TORCH = torch.version.cuda is not None or torch.version.hip is not None
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_gpu_backend_that_cannot_run_says_why_and_what_to_do(name: str) -> None:
+    if sk.backends()[name].available:
+        pytest.skip(f"{name} runs here")
+    x = torch.ones(3, 1)
+    reason = sk.backends()[name].reason
+    assert sk.explain("project_out", x, x).rejected[name] == reason
+    asked = sk.explain("project_out", x, x, backend=name)
+    assert (asked.backend, asked.reason) == (None, f"backend={name!r} cannot run: {reason}")
+    with pytest.raises(RuntimeError) as error:
+        sk.project_out(x, x, backend=name)
+    assert f"backend={name!r} cannot run project_out_layers: {reason}. Leave the backend out" in str(error.value)
+    forced = python(USE, SAFELORA_BACKEND=name)
+    assert forced.returncode != 0
+    assert f"RuntimeError: SAFELORA_BACKEND={name} cannot run project_out_layers: {reason}" in forced.stderr
+    if not HAS_GPU_TORCH:
+        assert "torch" in reason if name == "triton" and triton.INSTALLED else reason
+
+
+def test_triton_that_is_not_installed_is_named_and_changes_nothing_else() -> None:
+    code = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch, safelora_kernels as sk
+print(sk.backends()["triton"].reason)
+print(torch._C._dispatch_has_kernel_for_dispatch_key("safelora::project_layers", "CUDA"))
+print(sk.project_out(torch.ones(3, 1), torch.zeros(3, 1)).sum().item())
+"""
+    done = python(code)
+    native = str(sk.backends()["cuda"].available)
+    assert done.stdout.splitlines() == ["triton is not installed: pip install triton", native, "3.0"], done.stderr
+
+
+def test_every_operator_has_a_gpu_kernel_where_triton_is_installed() -> None:
+    if not triton.INSTALLED:
+        pytest.skip("triton is not installed")
+    assert set(triton.LAUNCHERS) == set(OPS)
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"safelora::{op}", "CUDA") for op in OPS)
+
+
+def test_the_interpreter_takes_cpu_tensors_when_asked() -> None:
+    if not triton.INSTALLED:
+        pytest.skip("triton is not installed")
+    code = """
+import sys, torch, safelora_kernels as sk
+print(sk.backends()["triton"].available, sk.explain("select_layers", torch.rand(4), num_layers=2).backend)
+before = "triton" in sys.modules
+print(before, sk.select_layers(torch.tensor([0.5, 0.1, 0.3]), num_layers=2, backend="triton").tolist())
+"""
+    done = python(code, TRITON_INTERPRET="1")
+    best = "cpu" if NATIVE else "reference"
+    assert done.stdout.splitlines() == [f"True {best}", "False [False, True, True]"], done.stderr
+
+
+def test_a_gpu_call_with_fp64_is_said_to_go_to_the_reference() -> None:
+    double, single = torch.ones(4, 3, dtype=torch.float64), torch.ones(4, 3)
+    assert "fp64" in triton.unsupported("project_layers", [single, double], None)
+    assert "fp64" in triton.unsupported("project_selected_layers", [single], torch.float64)
+    assert triton.unsupported("project_layers", [single], None) == ""
+    assert triton.unsupported("update_cosine", [double], None) == ""
+    assert "at most" in triton.unsupported("select_layers", [torch.empty(40000)], None)
 
 
 def test_the_public_names_are_those_of_the_reference() -> None:

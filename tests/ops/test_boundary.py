@@ -41,6 +41,8 @@ def arguments(op: str, dtype: torch.dtype, layout: str) -> tuple[Any, ...]:
     )
     if op == "project_layers":
         return aligned, base, lora_B, lora_A, [0, 1], "frobenius", torch.bfloat16
+    if op == "project_selected_layers":
+        return aligned, base, lora_B, lora_A, [0, 1], None, 1, "strict", "frobenius", torch.bfloat16
     if op == "update_cosine":
         return lora_B, [b.to(dtype) for b in lora_B], lora_A
     if op == "select_layers":
