@@ -127,9 +127,11 @@ def project(root: Path, runs: int) -> dict[str, list[tuple[float, float]]]:
     ranks = [context.Process(target=rank_times, args=(root, runs, rank, port, results)) for rank in range(2)]
     for process in ranks:
         process.start()
-    both = [results.get() for _ in ranks]
     for process in ranks:
         process.join()
+        if process.exitcode:
+            raise RuntimeError(f"a rank exited with {process.exitcode}")
+    both = [results.get() for _ in ranks]
     return {
         name: [(max(a[0], b[0]), max(a[1], b[1])) for a, b in zip(both[0][name], both[1][name], strict=True)]
         for name in both[0]
