@@ -42,6 +42,11 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
+def roomy(arch: str) -> dict[str, int]:
+    """Options for small kernels: 128 registers a thread, where ptxas would spill a few to fit more threads."""
+    return {} if arch.startswith("gfx") else {"maxnreg": 128}
+
+
 class Project(NamedTuple):
     """Tiles of the projection: ``V`` is read as rows × columns for ``Y = VᵀB`` and block_rows × step for ``V Y``.
 

@@ -586,6 +586,8 @@ class Plan:
             return [*launches, Launch(tuned_kernel(), (programs,), args, constexprs, {"enable_fp_fusion": True})]
         constexprs.update(ROWS=tiles.rows, STEP=tiles.step, STAGES=tiles.num_stages)
         options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, "enable_fp_fusion": True}
+        if not of.split:
+            options.update(config.roomy(self.arch))
         return [*launches, Launch(main_kernel, (programs,), args, constexprs, options)]
 
     def compare(self) -> list[Launch]:

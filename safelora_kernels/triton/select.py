@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import reference
 from ..types import Rule
-from . import tables
+from . import config, tables
 from .aot import Entry, Example
 from .tables import Launch, cdiv
 
@@ -85,6 +85,7 @@ def launches(
     args = (cosines, selected, cosines.stride(0), n, bound)
     # x·1e5 + 1.5·2⁵² must round twice.
     options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+    options.update(config.roomy(config.target(cosines.device)))
     return [Launch(select_kernel, (cdiv(n, BLOCK),), args, constexprs, options)]
 
 

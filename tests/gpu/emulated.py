@@ -538,7 +538,8 @@ class _Sanitized:
                 "LD_PRELOAD": " ".join(preload).replace("\n", ""),
                 "ASAN_OPTIONS": "detect_leaks=0",
                 "UBSAN_OPTIONS": "print_stacktrace=1",
-                "TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0",
+                "TSAN_OPTIONS": "suppress_equal_stacks=0:report_signal_unsafe=0",
+                "SAFELORA_DISABLE_NATIVE": "1",
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]),
             },
@@ -549,7 +550,7 @@ class _Sanitized:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "calls.pt")
             torch.save(calls, path)
-            self.log.truncate(0)
+            before = self.log.seek(0, os.SEEK_END)
             try:
                 self.child.stdin.write(f"{path}\n")
                 self.child.stdin.flush()
@@ -558,9 +559,10 @@ class _Sanitized:
                 answer = ""
             if answer.strip() != "done":
                 self.child.wait()
-                self.log.seek(0)
-                report = self.log.read()
-                raise RuntimeError(f"{self.variant}: exit status {self.child.returncode}\n{report[-8000:]}")
+            self.log.seek(before)
+            report = self.log.read()
+            if answer.strip() != "done" or "WARNING: ThreadSanitizer" in report:
+                raise RuntimeError(f"{self.variant} (exit status {self.child.returncode})\n{report[:8000]}")
             kind, value = torch.load(path, weights_only=False)
         if kind == "fault":
             raise RuntimeError(value)
