@@ -30,7 +30,7 @@ demo: $(BIN)/.demo ## Project a real adapter and ask the model before and after
 	$(BIN)/python examples/vault/demo.py --out build/demo
 
 test: setup ## Run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 bench: setup ## Measure the kernels against memory and against stock torch
 	$(BIN)/python benchmarks/bench_ops.py

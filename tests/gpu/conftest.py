@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 from torch import Tensor
 
-from .interpreted import HERE, pytest_configure, pytest_runtest_protocol
+from .interpreted import HERE, pytest_configure, pytest_pyfunc_call
 
-__all__ = ["pytest_configure", "pytest_runtest_protocol"]
+__all__ = ["pytest_configure", "pytest_pyfunc_call"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Tests that need Triton's interpreter in a process of their own: it must be asked for before triton is imported.
 
-The tests marked ``interpreted`` run in one child pytest; its reports are handed to this session as they stand, so every
-test passes, fails and prints on its own.
+The tests of a file that are marked ``interpreted`` run in one child pytest; each of them passes, fails or is skipped
+here as it did there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import pytest
 
 HERE = os.environ.get("TRITON_INTERPRET") == "1"
 _REPORTS = "SAFELORA_INTERPRETED_REPORTS"
-_KEY = pytest.StashKey[dict[str, list[Any]]]()
+Child = tuple[str, dict[str, list[Any]]]  # what it printed, its reports by test
+_KEY = pytest.StashKey[dict[Path, Child]]()
 
 
 class Recorder:
@@ -40,36 +41,35 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    if HERE or item.get_closest_marker("interpreted") is None:
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if HERE or pyfuncitem.get_closest_marker("interpreted") is None:
         return None
-    if _KEY not in item.session.stash:
-        item.session.stash[_KEY] = _run_child(item.session)
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in item.session.stash[_KEY].get(item.nodeid) or [_missing(item)]:
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    children = pyfuncitem.session.stash.setdefault(_KEY, {})
+    if pyfuncitem.path not in children:
+        children[pyfuncitem.path] = _run_child(pyfuncitem.session, pyfuncitem.path)
+    output, reports = children[pyfuncitem.path]
+    if pyfuncitem.nodeid not in reports:
+        pytest.fail(f"the interpreting process did not report it:\n{output}", pytrace=False)
+    for report in reports[pyfuncitem.nodeid]:
+        if report.skipped:
+            pytest.skip(str(report.longrepr[-1]))
+        if report.failed:
+            pytest.fail(report.longreprtext, pytrace=False)
     return True
 
 
-def _run_child(session: pytest.Session) -> dict[str, list[Any]]:
-    nodes = [item.nodeid for item in session.items if item.get_closest_marker("interpreted")]
-    found: dict[str, list[Any]] = {}
+def _run_child(session: pytest.Session, file: Path) -> Child:
+    nodes = [item.nodeid for item in session.items if item.path == file and item.get_closest_marker("interpreted")]
+    reports: dict[str, list[Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "reports")
         path.touch()
         env = {**os.environ, "TRITON_INTERPRET": "1", _REPORTS: str(path)}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *nodes]
+        for name in [name for name in env if name.startswith("PYTEST_XDIST")]:
+            del env[name]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *nodes]
         child = subprocess.run(command, cwd=session.config.rootpath, env=env, capture_output=True, text=True)
-        found[""] = [child.stdout[-4000:] + child.stderr[-4000:]]
         for line in path.read_text(encoding="utf-8").splitlines():
             report = session.config.hook.pytest_report_from_serializable(config=session.config, data=json.loads(line))
-            found.setdefault(report.nodeid, []).append(report)
-    return found
-
-
-def _missing(item: pytest.Item) -> Any:
-    output = item.session.stash[_KEY][""][0]
-    return pytest.TestReport(
-        item.nodeid, item.location, {}, "failed", f"the interpreting process did not report it:\n{output}", "call"
-    )
+            reports.setdefault(report.nodeid, []).append(report)
+    return child.stdout[-4000:] + child.stderr[-4000:], reports
