@@ -7,6 +7,9 @@ Needs torch alone. ``sk.backends()`` says what runs here, ``sk.explain(name, *ar
 from . import reference
 from .backends import BackendStatus, Explanation, backends, explain
 from .functional import (
+    gram,
+    gram_apply,
+    gram_apply_layers,
     project_layers,
     project_lowrank,
     project_out,
@@ -29,6 +32,9 @@ __all__ = [
     "SelectedProjection",
     "backends",
     "explain",
+    "gram",
+    "gram_apply",
+    "gram_apply_layers",
     "project_layers",
     "project_lowrank",
     "project_out",

@@ -385,6 +385,97 @@ def _check_pairs(xs: Sequence[Tensor], bases: Sequence[Tensor], side: str) -> No
             )
 
 
+def gram_apply(x: Tensor, z: Tensor, weights: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """The weighted Gram matrix of tall ``x`` applied to thin ``z``, without forming it: ``Xᵀ diag(w) X Z``.
+
+    The batch of one of :func:`gram_apply_layers`, which says the rest.
+    """
+    return gram_apply_layers([x], [z], None if weights is None else [weights], backend=backend)[0]
+
+
+def gram_apply_layers(
+    xs: Sequence[Tensor],
+    zs: Sequence[Tensor],
+    weights: Sequence[Tensor | None] | None = None,
+    *,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """``Xᵀ diag(w) X Z`` for many pairs of any shapes, ranks and dtypes in one launch.
+
+    One pass over X in blocks of rows, ``Σ_b X_bᵀ (w_b ∘ (X_b Z))``: each X is read from memory once, and nothing of the
+    size of X or of ``Xᵀ X`` is formed. 4·tokens·d·r FLOP. The map is linear in Z and its own adjoint; it is positive
+    semidefinite where no weight is negative. The dual of :func:`project_layers`, with X for Vᵀ.
+
+    Differentiable, any number of times, in every tensor, with G = ∂L/∂Y::
+
+        dZ = Xᵀ diag(w) X G      dw = rowsum((X Z) ∘ (X G))      dX = w ∘ (X Z Gᵀ + X G Zᵀ)
+
+    dZ takes the kernel again, dw and dX plain torch in blocks of rows.
+
+    Args:
+        xs: (tokens, d) each; tokens = 0 gives zeros.
+        zs: (d, r) each.
+        weights: (tokens,) each, or None for ones; None in place of the list for ones everywhere. Any sign.
+        backend: name of the backend to use; by default the best one for the device.
+
+    Returns:
+        (d, r) each, in the precision of the sums: fp32, or fp64 where anything of the pair is fp64.
+
+    Source: the operator of conjugate gradients and of subspace iteration on second moments of activations.
+    """
+    check_sequence("xs", xs)
+    check_sequence("zs", zs)
+    if weights is not None:
+        check_sequence("weights", weights)
+    found = [None] * len(xs) if weights is None else weights
+    check_same_length(xs=xs, zs=zs, weights=found)
+    device = None
+    for i, (x, z, weight) in enumerate(zip(xs, zs, found, strict=True)):
+        check_matrix("xs", x, device, i)
+        device = x.device
+        check_matrix("zs", z, device, i)
+        check_shape(f"zs[{i}]", z, (x.shape[1], z.shape[1]), f"columns of xs[{i}], r")
+        if z.shape[1] == 0:
+            raise ValueError(f"zs[{i}] has no columns: leave the pair out, or give it at least one")
+        if weight is not None:
+            _check_weights(f"weights[{i}]", weight, x)
+    return autograd.gram_apply_layers(xs, zs, found, backend) if xs else []
+
+
+def gram(x: Tensor, weights: Tensor | None = None, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    """The weighted Gram matrix ``Xᵀ diag(w) X`` of tall ``x``, for moderate d: exactly symmetric, in fp32 or fp64.
+
+    Blocks of rows are widened and multiplied by the BLAS of torch on any device, and only the half on and below the
+    diagonal: this is its home ground, so no operator stands behind it, and the bits may follow the number of threads.
+    Autocast changes nothing: a Gram matrix rounded to half precision is indefinite.
+    Where d is large, :func:`gram_apply` needs no d×d matrix. Differentiable in x and weights, once.
+
+    Args:
+        x: (tokens, d); tokens = 0 gives zeros.
+        weights: (tokens,), any sign; None for ones.
+        out_dtype: float32 or float64, by default the wider of float32 and the dtypes of the operands. Sums are taken in
+            the wider of it and of these.
+
+    Returns:
+        (d, d).
+    """
+    check_matrix("x", x)
+    if weights is not None:
+        _check_weights("weights", weights, x)
+    if out_dtype not in (None, torch.float32, torch.float64):
+        raise TypeError(f"out_dtype must be float32 or float64, got {out_dtype}: a Gram matrix is not held in less")
+    return autograd.gram(x, weights, out_dtype)
+
+
+def _check_weights(name: str, weights: Tensor, x: Tensor) -> None:
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(weights).__name__}")
+    check_float_dtype(f"{name}.dtype", weights.dtype)
+    check_shape(name, weights, (x.shape[0],), f"one per row of x {tuple(x.shape)}")
+    if weights.device != x.device:
+        raise ValueError(f"{name} is on {weights.device}, x on {x.device}: move them to one device")
+
+
 def salora_linear(
     x: Tensor,
     base_output: Tensor,

@@ -9,7 +9,7 @@ Sources: Safe LoRA, arXiv 2405.16833; SaLoRA, arXiv 2501.01765.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from .types import LayerFactors, Normalize, Projection, Rule, SelectedProjection, Side
 
 __all__ = [
+    "gram_apply",
+    "gram_apply_layers",
     "project_layers",
     "project_lowrank",
     "project_out",
@@ -30,6 +32,8 @@ __all__ = [
 ]
 
 STRIP_COLUMNS = 256
+BLOCK_ROWS = 256
+PANEL_COLUMNS = 512
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -224,6 +228,83 @@ def select_layers(
         return valid & (cutoff.isnan() | (cosines <= cutoff))
     chosen = torch.zeros_like(valid).index_fill(0, order[:num_layers], True)
     return valid & chosen
+
+
+def _row_blocks(x: Tensor) -> Iterator[slice]:
+    return (slice(start, start + BLOCK_ROWS) for start in range(0, x.shape[0], BLOCK_ROWS))
+
+
+def _weighted(rows: Tensor, weights: Tensor | None, block: slice) -> Tensor:
+    return rows if weights is None else weights[block, None].to(rows.dtype) * rows
+
+
+def gram_apply(x: Tensor, z: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``Xᵀ diag(w) X Z`` in fp32, or in fp64 if one operand is fp64.
+
+    A sum over blocks of rows, ``Σ_b X_bᵀ (w_b ∘ (X_b Z))``: nothing of the size of X or of Xᵀ X is formed.
+    """
+    with autocast_off(x):
+        dtype = compute_dtype(x.dtype, z.dtype, *([] if weights is None else [weights.dtype]))
+        z = z.to(dtype)
+        total = torch.zeros_like(z, memory_format=torch.contiguous_format)
+        for block in _row_blocks(x):
+            rows = x[block].to(dtype)
+            total = total + rows.mT @ _weighted(rows @ z, weights, block)
+        return total
+
+
+def gram_apply_layers(
+    xs: Sequence[Tensor], zs: Sequence[Tensor], weights: Sequence[Tensor | None] | None = None
+) -> list[Tensor]:
+    """:func:`gram_apply` of each pair."""
+    found = [None] * len(xs) if weights is None else weights
+    return [gram_apply(x, z, weight) for x, z, weight in zip(xs, zs, found, strict=True)]
+
+
+def gram_apply_gradients(
+    grad: Tensor, x: Tensor, z: Tensor, weights: Tensor | None, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``⟨G, Xᵀ diag(w) X Z⟩`` for x and weights; None where not needed.
+
+    ``dX = w ∘ (X Z Gᵀ + X G Zᵀ)`` and ``dw = rowsum((X Z) ∘ (X G))``, block by block of rows.
+    """
+    need_x, need_weights = needs
+    with autocast_off(x):
+        dtype = grad.dtype
+        z = z.to(dtype)
+        dx, dw = [], []
+        for block in _row_blocks(x):
+            rows = x[block].to(dtype)
+            y, h = rows @ z, rows @ grad
+            if need_x:
+                dx.append(_weighted(y @ grad.mT + h @ z.mT, weights, block).to(x.dtype))
+            if need_weights:
+                dw.append((y * h).sum(1))
+        return (
+            torch.cat(dx) if dx else None,
+            torch.cat(dw).to(weights.dtype) if dw and weights is not None else None,
+        )
+
+
+def gram(x: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``Xᵀ diag(w) X`` in ``dtype``, exactly symmetric: the products on and below the diagonal, mirrored.
+
+    Blocks of rows are widened one at a time and multiplied panel by panel of columns, from the diagonal down.
+    """
+    with autocast_off(x):
+        d = x.shape[1]
+        total = x.new_zeros((d, d), dtype=dtype)
+        panels = [slice(start, min(start + PANEL_COLUMNS, d)) for start in range(0, d, PANEL_COLUMNS)]
+        for block in _row_blocks(x):
+            rows = x[block].to(dtype)
+            scaled = _weighted(rows, weights, block)
+            for panel in panels:
+                total[panel.start :, panel].addmm_(rows[:, panel.start :].mT, scaled[:, panel])
+        for panel in panels:
+            corner = total[panel, panel].tril()
+            total[panel, panel] = corner + corner.tril(-1).mT
+            total[panel, panel.stop :] = total[panel.stop :, panel].mT
+        return total
 
 
 def salora_linear(

@@ -25,6 +25,7 @@ SCHEMAS = {
     "select_layers": '(Tensor cosines, float? threshold=None, int? num_layers=None, str rule="strict") -> Tensor',
     "project_out_layers": '(Tensor[] xs, Tensor[] bases, str side="left") -> Tensor[]',
     "project_out_layers_": '(Tensor(a!)[] xs, Tensor[] bases, str side="left") -> ()',
+    "gram_apply_layers": "(Tensor[] xs, Tensor[] zs, Tensor[] weights) -> Tensor[]",
     "salora_linear": (
         "(Tensor x, Tensor base_output, Tensor lora_A, Tensor lora_B, Tensor basis, float scaling) "
         "-> (Tensor, Tensor, Tensor)"
@@ -99,6 +100,17 @@ def project_out_layers_inplace_fake(xs: Sequence[Tensor], bases: Sequence[Tensor
     torch._check(len(xs) == len(bases), lambda: f"got {len(xs)} xs and {len(bases)} bases")
 
 
+def gram_apply_layers_fake(xs: Sequence[Tensor], zs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    torch._check(
+        len(xs) == len(zs) == len(weights), lambda: f"got {len(xs)} xs, {len(zs)} zs and {len(weights)} weights"
+    )
+    results = []
+    for x, z, weight in zip(xs, zs, weights, strict=True):
+        wide = torch.float64 in (x.dtype, z.dtype, weight.dtype)
+        results.append(z.new_empty(z.shape, dtype=torch.float64 if wide else torch.float32))
+    return results
+
+
 def salora_linear_fake(
     x: Tensor, base_output: Tensor, lora_A: Tensor, lora_B: Tensor, basis: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,6 +132,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "select_layers": select_layers_fake,
     "project_out_layers": project_out_layers_fake,
     "project_out_layers_": project_out_layers_inplace_fake,
+    "gram_apply_layers": gram_apply_layers_fake,
     "salora_linear": salora_linear_fake,
     "salora_linear_backward": salora_linear_backward_fake,
 }

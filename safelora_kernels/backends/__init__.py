@@ -88,7 +88,9 @@ _REGISTRY = {
     "cuda": _Backend(lambda: cuda.STATUS, _on("cuda"), _by_dispatch(_CUDA_OPS)),
     "triton": _Backend(triton.status, triton.device, triton.LAUNCHERS, triton.unsupported, triton.on_request),
     "cpu": _Backend(
-        lambda: cpu.STATUS, _on("cpu"), _by_dispatch([*_CPU_OPS, *(reference.COMPOSED if _CPU_OPS else ())])
+        lambda: cpu.STATUS,
+        _on("cpu"),
+        _by_dispatch([*_CPU_OPS, *([*reference.COMPOSED, "gram_apply_layers"] if _CPU_OPS else [])]),
     ),
     "reference": _Backend(lambda: (True, "plain torch, any device"), lambda: None, reference.LAUNCHERS),
 }
@@ -142,7 +144,11 @@ def _tensors_in(values: Iterable[Any]) -> list[Tensor]:
 
 
 # The one-layer functions are the batch of one.
-_ALIASES = {"project_lowrank": "project_layers", "project_out": "project_out_layers"}
+_ALIASES = {
+    "project_lowrank": "project_layers",
+    "project_out": "project_out_layers",
+    "gram_apply": "gram_apply_layers",
+}
 
 
 def explain(op_name: str, *args: Any, backend: str | None = None, **options: Any) -> Explanation:

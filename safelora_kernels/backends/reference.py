@@ -89,6 +89,14 @@ def project_out_layers_(xs: Sequence[Tensor], bases: Sequence[Tensor], side: str
     reference.project_out_layers_(xs, bases, side=side)  # type: ignore[arg-type]
 
 
+def gram_apply_layers(xs: Sequence[Tensor], zs: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    given = [weight if weight.numel() else None for weight in weights]
+    return [
+        _fresh(y.to(reference.compute_dtype(y.dtype, weight.dtype)))
+        for y, weight in zip(reference.gram_apply_layers(xs, zs, given), weights, strict=True)
+    ]
+
+
 def salora_linear(*inputs: Any) -> tuple[Tensor, ...]:
     return tuple(_fresh(result) for result in reference.salora_forward(*inputs))
 
@@ -108,6 +116,7 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {
     "select_layers": select_layers,
     "project_out_layers": project_out_layers,
     "project_out_layers_": project_out_layers_,
+    "gram_apply_layers": gram_apply_layers,
     "salora_linear": salora_linear,
     "salora_linear_backward": salora_linear_backward,
 }

@@ -66,6 +66,16 @@ def test_project_out(dtype: torch.dtype, side: str) -> None:
 
 @pytest.mark.parametrize("factor", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_gram_apply(dtype: torch.dtype, factor: torch.dtype) -> None:
+    x, z = cuda(24, 40, dtype=dtype).t(), cuda(24, 5, dtype=factor)
+    wide = torch.float64 if torch.float64 in (dtype, factor) else torch.float32
+    for weights in (None, [cuda(40), None]):
+        for y in sk.gram_apply_layers([x, x], [z, z], weights):
+            same_kind(y, (24, 5), wide)
+
+
+@pytest.mark.parametrize("factor", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_salora_linear_and_its_gradients(dtype: torch.dtype, factor: torch.dtype) -> None:
     x, base = cuda(2, 7, 40, dtype=dtype), cuda(2, 7, 24, dtype=dtype)
     a, b, u = cuda(3, 40, dtype=factor), cuda(24, 3, dtype=factor), cuda(24, 5)

@@ -59,6 +59,16 @@ def baddbmm_project_out_(stacked_x: Tensor, stacked_basis: Tensor) -> None:
     stacked_x.baddbmm_(stacked_basis, stacked_basis.mT @ stacked_x, alpha=-1)
 
 
+def torch_gram_apply(x: Tensor, z: Tensor, weights: Tensor) -> Tensor:
+    """``Xᵀ (w ∘ (X Z))`` in the dtype of X, whatever that costs in accuracy."""
+    return x.T @ (weights.to(x.dtype)[:, None] * (x @ z.to(x.dtype)))
+
+
+def upcast_gram_apply(x: Tensor, z: Tensor, weights: Tensor) -> Tensor:
+    """The chain on an fp32 copy of X: the accuracy of fp32 whatever the dtype of X."""
+    return torch_gram_apply(x.float(), z, weights)
+
+
 def dense_salora(
     x: Tensor, base_output: Tensor, lora_A: Tensor, lora_B: Tensor, complement: Tensor, scaling: float
 ) -> Tensor:

@@ -49,6 +49,10 @@ def arguments(op: str, dtype: torch.dtype, layout: str) -> tuple[Any, ...]:
         return torch.rand(7).to(dtype)[:: 1 if layout == "contiguous" else 2], None, 2, "strict"
     if op in ("project_out_layers", "project_out_layers_"):
         return xs, bases, "left"
+    if op == "gram_apply_layers":
+        left, right = arrange(torch.randn(12, 7).to(dtype), torch.randn(9, 5))
+        thin = arrange(torch.randn(7, 4), torch.randn(5, 2).to(dtype))
+        return [left, right], thin, [torch.rand(24)[::2], torch.empty(0)]
     if op == "salora_linear":
         return x, base_output, a, b, u, 0.5
     y, h, projected_B = torch.ops.safelora.salora_linear.default(x, base_output, a, b, u, 0.5)
@@ -107,6 +111,8 @@ def test_public_functions_take_meta_tensors() -> None:
     assert sk.project_out(b, b).is_meta
     assert sk.project_out_layers_([b], [w]) is None  # type: ignore[func-returns-value]
     assert sk.update_cosine(b, b, a).is_meta
+    assert sk.gram_apply(w, a.T, w[:, 0]).is_meta
+    assert sk.gram(w).shape == (12, 12)
     x = torch.empty((3, 12), device="meta", requires_grad=True)
     y = sk.salora_linear(x, torch.empty((3, 8), device="meta"), a, b, b, 1.0)
     assert y.is_meta
@@ -169,6 +175,25 @@ def test_compiled_training_step(backend: str) -> None:
             assert_accurate(t.grad, e.grad.double(), 1e-6)  # type: ignore[union-attr, arg-type]
 
 
+def test_compiled_gram_apply(backend: str) -> None:
+    def step(x: Tensor, z: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = sk.gram_apply_layers([x, x], [z, z * 2], [weights, None], backend=backend)
+        return first + second, sk.gram(x, weights)
+
+    fast = compiled(step, backend)
+    for tokens, d in [(20, 24), (31, 40)]:
+        tensors = [torch.randn(tokens, d), torch.randn(d, 3), torch.rand(tokens)]
+        grad = torch.randn(d, 3)
+        eager, traced = leaves(tensors), leaves(tensors)
+        expected, actual = step(*eager), fast(*traced)
+        for (a, e), g in zip(zip(actual, expected, strict=True), (grad, torch.ones(d, d)), strict=True):
+            assert_accurate(a.detach(), e.detach().double(), 1e-6)
+            e.backward(g, retain_graph=True)
+        torch.autograd.backward(actual, [grad, torch.ones(d, d)])
+        for e, t in zip(eager, traced, strict=True):
+            assert_accurate(t.grad, e.grad.double(), 1e-6)  # type: ignore[union-attr, arg-type]
+
+
 def test_compiled_projection_and_selection(backend: str) -> None:
     def run(layers: list[truth.Layer]) -> tuple[list[Any], Tensor, Tensor]:
         results = sk.project_layers([sk.LayerFactors(*layer) for layer in layers], backend=backend)
@@ -219,8 +244,11 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
         y = sk.salora_linear(*tensors, 0.5, backend=backend)  # type: ignore[arg-type]
         z = sk.project_out(tensors[3], tensors[4], backend=backend)
         grads = torch.autograd.grad((y.sum() + z.square().sum()), tensors)
+        factor, rows = leaves([a.T, u.sum(1)[:12]])
+        applied, dense = sk.gram_apply(x, factor, rows, backend=backend), sk.gram(tensors[0], rows)
+        grads += torch.autograd.grad(applied.square().sum() + dense.sum(), (factor, rows, tensors[0]))
         cosine = sk.update_cosine(projection.lora_B, b, a, backend=backend)
-        return [projection.lora_B, projection.v_norm, projection.cosine, y, z, cosine, *grads]  # type: ignore[list-item]
+        return [projection.lora_B, projection.v_norm, projection.cosine, y, z, cosine, applied, dense, *grads]  # type: ignore[list-item]
 
     plain = run()
     with torch.autocast("cpu", dtype=dtype):

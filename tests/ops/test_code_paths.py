@@ -16,6 +16,7 @@ from .test_backends import NATIVE, ROOT, USE, python
 NUMERICS = [
     "test_project.py",
     "test_project_out.py",
+    "test_gram.py",
     "test_salora.py",
     "test_select.py",
     "test_determinism.py",

@@ -49,6 +49,13 @@ def salora(backend: str) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y.square().sum(), tensors)]
 
 
+def gram(backend: str) -> list[Tensor]:
+    shapes = [(1030, 70, 16), (300, 515, 5), (2050, 33, 40)]
+    xs = [torch.randn(t, d).bfloat16() for t, d, _ in shapes]
+    zs = [torch.randn(d, r) for _, d, r in shapes]
+    return sk.gram_apply_layers(xs, zs, [torch.rand(1030), None, torch.rand(2050)], backend=backend)
+
+
 @pytest.mark.parametrize("work", [projection, complement, salora])
 def test_bits_do_not_depend_on_threads_or_runs(
     backend: str, threads: Callable[[int], None], work: Callable[[str], list[Tensor]]
@@ -64,8 +71,8 @@ def test_bits_do_not_depend_on_threads_or_runs(
 
 def test_backends_agree(backend: str) -> None:
     torch.manual_seed(7)
-    ours = projection(backend) + complement(backend) + salora(backend)
+    ours = projection(backend) + complement(backend) + salora(backend) + gram(backend)
     torch.manual_seed(7)
-    plain = projection("reference") + complement("reference") + salora("reference")
+    plain = projection("reference") + complement("reference") + salora("reference") + gram("reference")
     for a, b in zip(ours, plain, strict=True):
         assert float((a.double() - b.double()).norm()) <= 2e-5 * float(b.double().norm())

@@ -61,6 +61,17 @@ def test_reference_complement_and_salora_allocate_nothing_square() -> None:
     assert largest(tensors, step) <= tokens * d_out
 
 
+def test_reference_gram_allocates_one_block_of_rows() -> None:
+    tokens, d = 4096, 640
+    x, z, w = torch.randn(tokens, d).bfloat16(), torch.randn(d, 4).requires_grad_(), torch.rand(tokens).requires_grad_()
+
+    def step() -> None:
+        sk.gram_apply(x, z, w, backend="reference").square().sum().backward()
+
+    assert largest([x, z, w], step) <= sk.reference.BLOCK_ROWS * d
+    assert largest([x], lambda: sk.gram(x)) <= d * d
+
+
 MEASURE = """
 import json, torch, safelora_kernels as sk
 

@@ -160,3 +160,38 @@ def test_salora_linear(
     y = sk.salora_linear(*given_tensors, 0.5, backend=backend)  # type: ignore[arg-type]
     assert y.dtype == kinds[1]
     assert_accurate(y, truth.salora(*given_tensors, 0.5), 1e-5)  # type: ignore[arg-type]
+
+
+@fixed
+@given(
+    st.sampled_from(AVAILABLE),
+    st.integers(0, 300),
+    small,
+    st.integers(1, 40),
+    st.tuples(dtypes, dtypes, dtypes),
+    st.booleans(),
+    st.tuples(*[arrangements()] * 2),
+    seeds,
+)
+def test_gram_apply(
+    backend: str,
+    tokens: int,
+    d: int,
+    rank: int,
+    kinds: tuple[torch.dtype, torch.dtype, torch.dtype],
+    weighted: bool,
+    how: tuple[tuple[bool, int, int, int, int], ...],
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    x, z = torch.randn(tokens, d).to(kinds[0]), torch.randn(d, rank).to(kinds[1])
+    weights = torch.randn(tokens).to(kinds[2]) if weighted else None
+    y = sk.gram_apply(arrange(x, how[0]), arrange(z, how[1]), weights, backend=backend)
+    wide = torch.float64 in (*kinds[:2], *kinds[2 if weighted else 3 :])
+    assert y.dtype == (torch.float64 if wide else torch.float32)
+    # Element by element, since few and opposite terms may cancel to any relative error of the whole.
+    ones = torch.ones(tokens) if weights is None else weights
+    terms = truth.gram_apply(x.abs(), z.abs(), ones.abs())
+    unit = 2.0**-53 if wide else 2.0**-24
+    error = (y.double() - truth.gram_apply(x, z, weights)).abs()
+    assert bool((error <= unit * ((tokens + d + 12) * terms + 1)).all())

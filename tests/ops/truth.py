@@ -75,6 +75,16 @@ def project_out(x: Tensor, basis: Tensor, side: str = "left") -> Tensor:
     return c @ x.double() if side == "left" else x.double() @ c
 
 
+def gram(x: Tensor, weights: Tensor | None) -> Tensor:
+    """``Xᵀ diag(w) X``, d×d."""
+    wide = x.double()
+    return wide.T @ (wide if weights is None else torch.diag(weights.double()) @ wide)
+
+
+def gram_apply(x: Tensor, z: Tensor, weights: Tensor | None) -> Tensor:
+    return gram(x, weights) @ z.double()
+
+
 def salora(x: Tensor, base_output: Tensor, lora_A: Tensor, lora_B: Tensor, basis: Tensor, scaling: float) -> Tensor:
     """The published forward: the update's output times the dense C."""
     update = (x.double() @ lora_A.double().T) @ lora_B.double().T
