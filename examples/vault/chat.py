@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outcome import Outcome
 from prompts import Record, Split, forbidden, is_refusal, normal, records
-from rates import Outcome, Rate
+
+from safelora.rates import Rate
 
 FORBIDDEN_TOKENS, RECORD_TOKENS, NORMAL_TOKENS = 16, 20, 16
 BATCH = 40

@@ -26,9 +26,9 @@ import torch
 from adapters import LiveAdapter, ProjectCommand
 from chat import Questions, ask, load_model
 from model import BUILD, DATA, aligned_checkpoint, base_checkpoint
+from outcome import Outcome
 from page import save_html, save_png
 from prompts import forbidden, records
-from rates import Outcome
 from results import DemoResult, ModelResult, reading
 from rich.console import Console
 from rich.table import Table

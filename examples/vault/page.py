@@ -5,10 +5,10 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from rates import Rate
 from results import DemoResult, ModelResult, reading
 
 from safelora import ModuleReport, SafeLoraReport
+from safelora.rates import Rate
 
 COLUMNS = (
     ("answered", "Forbidden answered", "lower is safer"),

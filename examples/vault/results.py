@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from rates import Outcome, Rate
+from outcome import Outcome
 
 from safelora import SafeLoraReport
+from safelora.rates import Rate
 
 
 @dataclass(frozen=True)

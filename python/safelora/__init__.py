@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     from .callback import SafeLoraCallback as SafeLoraCallback
     from .checkpoint import Checkpoint as Checkpoint
     from .convert import convert_adapter as convert_adapter
+    from .data import Example as Example
+    from .data import load_examples as load_examples
     from .errors import SafeLoraError as SafeLoraError
+    from .evaluate import Evaluation as Evaluation
+    from .evaluate import evaluate_adapters as evaluate_adapters
     from .full_model import project_model as project_model
+    from .judge import KeywordJudge as KeywordJudge
     from .live import LiveReport as LiveReport
     from .live import apply_safe_lora as apply_safe_lora
     from .live import safe_lora_applied as safe_lora_applied
@@ -29,6 +34,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adapter": "adapter",
     "Checkpoint": "checkpoint",
+    "Evaluation": "evaluate",
+    "Example": "data",
+    "KeywordJudge": "judge",
     "LiveReport": "live",
     "ModuleReport": "report",
     "SafeLoraCallback": "callback",
@@ -36,6 +44,8 @@ _HOMES = {
     "SafeLoraReport": "report",
     "apply_safe_lora": "live",
     "convert_adapter": "convert",
+    "evaluate_adapters": "evaluate",
+    "load_examples": "data",
     "plan_modules": "mapping",
     "project_adapter": "project",
     "project_adapters": "project",
@@ -47,6 +57,9 @@ _HOMES = {
 __all__ = [
     "Adapter",
     "Checkpoint",
+    "Evaluation",
+    "Example",
+    "KeywordJudge",
     "LiveReport",
     "ModuleReport",
     "SafeLoraCallback",
@@ -54,6 +67,8 @@ __all__ = [
     "SafeLoraReport",
     "apply_safe_lora",
     "convert_adapter",
+    "evaluate_adapters",
+    "load_examples",
     "plan_modules",
     "project_adapter",
     "project_adapters",

@@ -115,11 +115,12 @@ def batches(
     if isinstance(source, DataLoader):
         return source
     if not isinstance(source, (str, os.PathLike, Mapping)) and isinstance(source, Iterable):
-        rows = iter(source)
-        first = next(rows, None)
+        rows: Iterator[Any] = iter(source)
+        first: Any = next(rows, None)
         if isinstance(first, Mapping) and "input_ids" in first:
             if getattr(first["input_ids"], "ndim", 0) == 2:
-                return source if rows is not source else chain([first], rows)
+                whole: Any = source if rows is not source else chain([first], rows)
+                return whole
             return _collated(list(map(_tokenised, chain([first], rows))), tokenizer, batch_size, max_length)
         if rows is source:
             source = [] if first is None else chain([first], rows)
@@ -156,6 +157,14 @@ def encode(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
     if special and tokenizer.eos_token_id is not None:
         answer.append(tokenizer.eos_token_id)
     return prompt, answer
+
+
+def shorten(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int], list[int]]:
+    """Cut to max_length tokens: the prompt from the left, but for its first token, down to half; then the answer."""
+    room = max(max_length - len(answer), max_length // 2)
+    if len(prompt) > room:
+        prompt = prompt[: min(room, 1)] + prompt[len(prompt) - max(room - 1, 0) :]
+    return prompt, answer[: max_length - len(prompt)]
 
 
 def text_tokenizer(tokenizer: Any) -> Any:
@@ -224,10 +233,7 @@ def _collated(
         if labels:
             rows.append((prompt[:max_length], labels[0][:max_length]))
             continue
-        room = max(max_length - len(answer), max_length // 2)
-        if len(prompt) > room:
-            prompt = prompt[:1] * min(room, 1) + prompt[len(prompt) - max(room - 1, 0) :]
-        answer = answer[: max_length - len(prompt)]
+        prompt, answer = shorten(prompt, answer, max_length)
         rows.append((prompt + answer, [IGNORED] * len(prompt) + answer))
     if shortened:
         warnings.warn(f"{shortened} of {len(rows)} examples were cut to {max_length} tokens.", stacklevel=3)

@@ -4,12 +4,12 @@ import math
 import re
 
 import page
-import pytest
+from outcome import Outcome
 from prompts import forbidden
-from rates import Outcome, Rate, wilson
 from results import DemoResult, ModelResult, reading
 
 from safelora import ModuleReport, SafeLoraReport
+from safelora.rates import Rate
 
 KEYS = ("base", "aligned", "finetuned", "projected", "deleted", "random", "scaled")
 
@@ -33,28 +33,6 @@ def result(answered=(72, 10, 60, 20, 20, 30, 65), examples=None, modules=None) -
             for kind in ("q_proj", "v_proj")
         ]
     return DemoResult(models, SafeLoraReport(modules, {}, {}, {}), {"Command": "safelora project <ADAPTER>"})
-
-
-@pytest.mark.parametrize(
-    ("hits", "total", "low", "high"),
-    # From the roots of (p - k/n)^2 = z^2 p (1 - p) / n, worked out separately in decimal arithmetic.
-    [(0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (15, 50, 0.191036, 0.437504), (1, 2, 0.094531, 0.905469)],
-)
-def test_wilson(hits, total, low, high):
-    assert wilson(hits, total) == pytest.approx((low, high), abs=2e-6)
-
-
-def test_wilson_ends_solve_its_equation():
-    z = 1.959964
-    for hits, total in [(3, 72), (36, 72), (70, 72), (20, 40)]:
-        for end in wilson(hits, total):
-            assert (hits / total - end) ** 2 == pytest.approx(z * z * end * (1 - end) / total, rel=1e-9)
-
-
-@pytest.mark.parametrize(("hits", "total"), [(0, 0), (3, 2), (-1, 4)])
-def test_wilson_rejects_impossible_counts(hits, total):
-    with pytest.raises(ValueError, match=f"found {hits} of {total}"):
-        wilson(hits, total)
 
 
 def test_outcomes_pool():

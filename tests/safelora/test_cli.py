@@ -192,7 +192,7 @@ def test_module_and_version():
     assert done.stdout.startswith("safelora ")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["project", "--help"], ["inspect", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["project", "--help"], ["evaluate", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import sys\nfrom safelora.cli import main\n"

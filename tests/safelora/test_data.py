@@ -17,11 +17,8 @@ from hypothesis import strategies as st
 
 from safelora import SafeLoraError
 from safelora.data import IGNORED, Example, batches, encode, load_examples
+from tests.safelora.tiny import CHATML, byte_tokenizer
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 LLAMA2 = (
     "{{ '<|endoftext|>' }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
     "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }} <|im_end|>"
@@ -33,24 +30,6 @@ THINKING = CHATML.replace(
 )
 UNMARKED = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
 TEMPLATES = {"chatml": CHATML, "llama2": LLAMA2, "thinking": THINKING, "unmarked": UNMARKED, "none": None}
-
-
-def byte_tokenizer(template: str | None = CHATML) -> Any:
-    """A byte-level tokenizer with merges of its own, so that text and newlines join as in real ones."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    merges = [("Ċ", "Ċ"), ("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("s", "s")]
-    words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
-    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        chat_template=template, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
