@@ -32,8 +32,8 @@ demo: $(BIN)/.demo ## Project a real adapter and ask the model before and after
 test: setup ## Run every test
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
-bench: setup ## Measure the kernels against memory and against stock torch
-	$(BIN)/python benchmarks/bench_ops.py
+bench: setup ## Measure the kernels against memory and against stock torch (results in build/bench)
+	$(BIN)/safelora bench --out build/bench $(BENCH)
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import functional, reference
 from .backends import backends, explain
+from .text import markdown_table
 from .types import LayerFactors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,12 +79,12 @@ class Examination:
 
     def __str__(self) -> str:
         sections = [
-            _table(("environment", ""), self.environment.items()),
-            _table(
+            markdown_table(("environment", ""), self.environment.items()),
+            markdown_table(
                 ("backend", "runs", "reason"),
                 ((name, "yes" if b["available"] else "no", b["reason"]) for name, b in self.backends.items()),
             ),
-            _table(("backend", "operator", "check", "", "error", "bound"), map(_cells, self.checks)),
+            markdown_table(("backend", "operator", "check", "", "error", "bound"), map(_cells, self.checks)),
         ]
         if self.speeds:
             rows = (
@@ -91,7 +92,7 @@ class Examination:
                  f"{s.share_of_bandwidth:.0%}")
                 for s in self.speeds
             )  # fmt: skip
-            sections.append(_table(("backend", "speed", "median", "GB/s", "of bandwidth"), rows))
+            sections.append(markdown_table(("backend", "speed", "median", "GB/s", "of bandwidth"), rows))
         failed = sum(not check.passed for check in self.checks)
         verdict = f"{len(self.checks)} checks, " + ("all passed" if self.healthy else f"{failed} FAILED")
         return "\n\n".join([*sections, verdict])
@@ -101,17 +102,6 @@ def _cells(check: Check) -> tuple[str, ...]:
     numbers = ("" if value is None else f"{value:.1e}" for value in (check.error, check.bound))
     outcome = "ok" if check.passed else f"FAILED {check.detail}".rstrip()
     return (check.backend, check.op, check.what, outcome, *numbers)
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, as Markdown."""
-    lines = [tuple(head), *(tuple(map(str, row)) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    ]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(text)
 
 
 def environment() -> dict[str, str]:

@@ -16,8 +16,13 @@ def authors_project(aligned: Tensor, base: Tensor, lora_B: Tensor, lora_A: Tenso
     v = aligned.float() - base.float()
     p = torch.mm(v, v.t()) / torch.norm(v)
     projected = torch.mm(p, lora_B.float())
-    new, old = torch.mm(projected, lora_A.float()), torch.mm(lora_B.float(), lora_A.float())
-    return projected, torch.nn.functional.cosine_similarity(new.reshape(1, -1), old.reshape(1, -1))[0]
+    return projected, authors_cosine(projected, lora_B.float(), lora_A.float())
+
+
+def authors_cosine(lora_B_new: Tensor, lora_B: Tensor, lora_A: Tensor) -> Tensor:
+    """The published selection score: both products in full, flattened."""
+    new, old = lora_B_new @ lora_A, lora_B @ lora_A
+    return torch.nn.functional.cosine_similarity(new.reshape(1, -1), old.reshape(1, -1))[0]
 
 
 def torch_project(aligned: Tensor, base: Tensor, lora_B: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
