@@ -6,9 +6,6 @@ set(SAFELORA_AVX512_FLAGS -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU") # false alarms inside its own AVX-512 headers
   list(APPEND SAFELORA_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
-if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # false alarms inside its own AVX-512 headers
-  list(APPEND SAFELORA_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
-endif()
 set(SAFELORA_AMX_FLAGS ${SAFELORA_AVX512_FLAGS} -mavx512bf16 -mavx512vbmi -mamx-tile -mamx-bf16)
 
 add_library(
@@ -28,9 +25,11 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   list(JOIN SAFELORA_AMX_FLAGS " " amx_flags)
   check_cxx_compiler_flag("${amx_flags}" SAFELORA_HAS_X86_FLAGS)
   if(SAFELORA_HAS_X86_FLAGS)
-    target_sources(safelora_kernels PRIVATE csrc/cpu/isa_avx2.cpp csrc/cpu/isa_avx512.cpp csrc/cpu/isa_amx.cpp)
+    target_sources(safelora_kernels PRIVATE csrc/cpu/isa_avx2.cpp csrc/cpu/isa_avx512.cpp csrc/cpu/isa_avx512_rows.cpp
+                                            csrc/cpu/isa_amx.cpp)
     set_source_files_properties(csrc/cpu/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "${SAFELORA_AVX2_FLAGS}")
-    set_source_files_properties(csrc/cpu/isa_avx512.cpp PROPERTIES COMPILE_OPTIONS "${SAFELORA_AVX512_FLAGS}")
+    set_source_files_properties(csrc/cpu/isa_avx512.cpp csrc/cpu/isa_avx512_rows.cpp
+                                PROPERTIES COMPILE_OPTIONS "${SAFELORA_AVX512_FLAGS}")
     set_source_files_properties(csrc/cpu/isa_amx.cpp PROPERTIES COMPILE_OPTIONS "${SAFELORA_AMX_FLAGS}")
     target_compile_definitions(safelora_kernels PRIVATE SAFELORA_X86=1)
   else()

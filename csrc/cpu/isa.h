@@ -49,24 +49,28 @@ struct IsaTable {
   Kernels<double> f64;
 };
 
-const IsaTable& scalar_table();
-#ifdef SAFELORA_X86
-const IsaTable& avx2_table();
-const IsaTable& avx512_table();
-
-// Two passes over a layer on AMX, a range of blocks of 16 rows at a time: see isa_amx.cpp.
-struct AmxLayer {
+// Two passes over a layer, a range of blocks of 16 rows at a time: isa_amx.cpp, isa_avx512_rows.cpp.
+struct RowLayer {
   ConstMatrix aligned, base;
   std::int64_t row_blocks, panels;
   const float* b;  // [panel][row block][16][16]
 };
-std::int64_t amx_y_size(const AmxLayer& layer);  // entries of Y = VᵀB
-// The blocks' part of Y, in an order of its own; returns their part of ‖V‖². b_tiles: 512 words per panel of scratch.
-double amx_pass1(const AmxLayer& layer, std::int64_t first, std::int64_t last, std::uint32_t* b_tiles, float* y);
-// Adds the parts of Y in order, into the operands of the second pass.
-void amx_join(const AmxLayer& layer, const float* parts, std::int64_t count, std::uint32_t* y_tiles);
-// The blocks' rows of V·Y: out[panel][row block][16][16].
-void amx_pass2(const AmxLayer& layer, std::int64_t first, std::int64_t last, const std::uint32_t* y_tiles, float* out);
+struct RowKernels {
+  std::int64_t (*y_size)(const RowLayer& layer);  // entries of Y = VᵀB
+  // The blocks' part of Y, in an order of its own; returns their part of ‖V‖². b_scratch: 512 words per panel.
+  double (*pass1)(const RowLayer& layer, std::int64_t first, std::int64_t last, std::uint32_t* b_scratch, float* y);
+  // Adds the parts of Y in order, into the y_size words that the second pass multiplies by.
+  void (*join)(const RowLayer& layer, const float* parts, std::int64_t count, std::uint32_t* y);
+  // The blocks' rows of V·Y: out[panel][row block][16][16].
+  void (*pass2)(const RowLayer& layer, std::int64_t first, std::int64_t last, const std::uint32_t* y, float* out);
+};
+
+const IsaTable& scalar_table();
+#ifdef SAFELORA_X86
+const IsaTable& avx2_table();
+const IsaTable& avx512_table();
+const RowKernels& avx512_rows();
+const RowKernels& amx_rows();
 #endif
 
 template <class T>

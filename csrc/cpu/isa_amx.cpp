@@ -5,20 +5,14 @@
 // its lo part. Pass 2, out = V·Y: the hi and lo parts of V are separate tiles of 32 columns, in pairs. All four
 // products are taken in both. Rows are read in order, which is what hardware prefetchers follow; V lives in L1 for one
 // cell.
-#include <immintrin.h>
-
-#include <algorithm>
 #include <cstring>
-#include <type_traits>
 
-#include "isa.h"
+#include "difference_rows.h"
 
 namespace safelora::detail {
 namespace {
 
 constexpr int kTile = 256;                    // dwords of a tile: 16 rows × 64 bytes
-constexpr int kGroups = 4;                    // groups of 32 columns in a cell
-constexpr std::int64_t kCell = 32 * kGroups;  // columns of a cell; its rows are 16
 constexpr std::int64_t kPrefetchBytes = 256;  // ahead along the row
 constexpr int kCellTiles = 2 * kGroups;
 
@@ -43,8 +37,6 @@ class Tiles {
   ~Tiles() { _tile_release(); }
 };
 
-// a function: a constant of vector type would be initialised at load time, on CPUs without AVX-512 too
-__m512i high_half() { return _mm512_set1_epi32(static_cast<int>(0xFFFF0000u)); }
 __m512i bits_of(__m512 v) { return _mm512_castps_si512(v); }
 
 // v − its upper half, ready to be cut to bf16. A difference of two bf16 numbers rarely has more than 16 significant
@@ -54,49 +46,6 @@ __m512i low_part(__m512 v, __m512i high) {
   const __m512i low = bits_of(_mm512_sub_ps(v, _mm512_castsi512_ps(high)));
   return Round ? _mm512_add_epi32(low, _mm512_set1_epi32(0x8000)) : low;
 }
-
-// 32 columns of V in two vectors, whose lanes are the pairs of pass 2. Which columns make a pair is free: neighbours
-// where both weights are bf16 (one load and two shifts), columns 16 apart otherwise.
-struct Pair {
-  __m512 first, second;
-};
-
-struct Bf16Row {
-  static constexpr bool kRound = false;
-  const std::uint16_t *a, *b;
-  Pair operator()(std::int64_t j) const {
-    const __m512i x = _mm512_loadu_si512(a + j), y = _mm512_loadu_si512(b + j);
-    return {_mm512_sub_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(y, 16))),
-            _mm512_sub_ps(_mm512_castsi512_ps(_mm512_and_si512(x, high_half())),
-                          _mm512_castsi512_ps(_mm512_and_si512(y, high_half())))};
-  }
-};
-
-__m512 load16(const float* p) { return _mm512_loadu_ps(p); }
-__m512 load16(const std::uint16_t* p) {  // fp16
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-
-template <class S>
-struct PlainRow {
-  static constexpr bool kRound = true;
-  const S *a, *b;
-  Pair operator()(std::int64_t j) const {
-    return {_mm512_sub_ps(load16(a + j), load16(b + j)), _mm512_sub_ps(load16(a + j + 16), load16(b + j + 16))};
-  }
-};
-
-// A row of differences that were formed before: edges, other strides, mixed dtypes.
-struct BlockRow {
-  static constexpr bool kRound = true;
-  const float* v;
-  bool neighbours;
-  Pair operator()(std::int64_t j) const {
-    if (!neighbours) return {_mm512_loadu_ps(v + j), _mm512_loadu_ps(v + j + 16)};
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return {_mm512_i32gather_ps(even, v + j, 4), _mm512_i32gather_ps(even, v + j + 1, 4)};
-  }
-};
 
 // Pass 1: hi | lo of each element, a tile per vector; and the squares of V.
 struct Pass1 {
@@ -126,83 +75,18 @@ struct Pass2 {
   }
 };
 
-// Cells of 16 rows × 128 columns, in the order of memory.
-class Cells {
- public:
-  Cells(const AmxLayer& layer, std::int64_t first_block) : layer_(layer), block_(first_block) {
-    const ConstMatrix &a = layer.aligned, &b = layer.base;
-    plain_ = a.col_stride == 1 && b.col_stride == 1 && a.dtype == b.dtype;
-    neighbours_ = plain_ && a.dtype == DType::bf16;
-  }
-
-  void next() {
-    column_ += kCell;
-    if (column_ >= layer_.aligned.cols) {
-      column_ = 0;
-      ++block_;
-    }
-  }
-
-  // Differences of a cell at an edge are formed as a whole, before its rows are asked for.
-  void begin() {
-    const std::int64_t rows = std::min<std::int64_t>(16, layer_.aligned.rows - block_ * 16);
-    const std::int64_t cols = std::min(kCell, layer_.aligned.cols - column_);
-    inner_ = plain_ && rows == 16 && cols == kCell;
-    if (inner_) return;
-    std::memset(edge_, 0, sizeof edge_);
-    avx512_table().f32.load_difference(layer_.aligned, layer_.base, block_ * 16, rows, column_, cols, edge_[0], kCell);
-  }
-
-  // Row r of the cell into row r of its tiles.
-  template <class Pass>
-  void convert(int r, std::uint32_t* tiles, Pass& pass) const {
-    if (!inner_) return convert_row(BlockRow{edge_[r], neighbours_}, nullptr, nullptr, tiles + r * 16, pass);
-    const std::int64_t row = block_ * 16 + r;
-    const std::int64_t a = row * layer_.aligned.row_stride + column_, b = row * layer_.base.row_stride + column_;
-    switch (layer_.aligned.dtype) {
-      case DType::bf16:
-        return convert_row(Bf16Row{at<std::uint16_t>(layer_.aligned, a), at<std::uint16_t>(layer_.base, b)},
-                           tiles + r * 16, pass);
-      case DType::f16:
-        return convert_row(
-            PlainRow<std::uint16_t>{at<std::uint16_t>(layer_.aligned, a), at<std::uint16_t>(layer_.base, b)},
-            tiles + r * 16, pass);
-      default:
-        return convert_row(PlainRow<float>{at<float>(layer_.aligned, a), at<float>(layer_.base, b)}, tiles + r * 16,
-                           pass);
-    }
-  }
-
- private:
-  template <class S>
-  static const S* at(const ConstMatrix& m, std::int64_t offset) {
-    return static_cast<const S*>(m.data) + offset;
-  }
-  template <class Row, class Pass>
-  static void convert_row(const Row& row, std::uint32_t* tiles, Pass& pass) {
-    convert_row(row, reinterpret_cast<const char*>(row.a), reinterpret_cast<const char*>(row.b), tiles, pass);
-  }
-  template <class Row, class Pass>
-  static void convert_row(const Row& row, const char* a, const char* b, std::uint32_t* tiles, Pass& pass) {
+// Row r of a cell into row r of its tiles.
+template <class Pass>
+void convert(const Cells& cell, int r, std::uint32_t* tiles, Pass& pass) {
+  cell.visit([&](auto rows) {
+    const auto row = rows(r);
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g) {
-      if constexpr (!std::is_same_v<Row, BlockRow>) {
-        constexpr int kBytes = 32 * sizeof(*row.a);
-#pragma GCC unroll 2
-        for (int line = 0; line < kBytes; line += 64) {
-          _mm_prefetch(a + g * kBytes + line + kPrefetchBytes, _MM_HINT_T1);
-          _mm_prefetch(b + g * kBytes + line + kPrefetchBytes, _MM_HINT_T1);
-        }
-      }
-      pass.template put<Row::kRound>(row(g * 32), tiles + g * 2 * kTile);
+      row.ask_for(g * kPairColumns, kPrefetchBytes);
+      pass.template put<decltype(row)::kRound>(row(g * kPairColumns), tiles + r * 16 + g * 2 * kTile);
     }
-  }
-
-  const AmxLayer& layer_;
-  std::int64_t block_, column_ = 0;
-  bool plain_ = false, neighbours_ = false, inner_ = false;
-  alignas(64) float edge_[16][kCell];
-};
+  });
+}
 
 // hi rounded to nearest, lo = v − hi rounded; both in the upper half of a dword
 void split(float v, std::uint32_t& high, std::uint32_t& low) {
@@ -250,15 +134,11 @@ void multiply2(const std::uint32_t* v, const std::uint32_t* y) {
   _tile_dpbf16ps(0, 4, 3);
 }
 
-std::int64_t cells_of(const AmxLayer& layer) { return (layer.aligned.cols + kCell - 1) / kCell; }
+std::int64_t y_size(const RowLayer& layer) { return layer.panels * Cells::count(layer) * kCellTiles * kTile; }
 
-}  // namespace
-
-std::int64_t amx_y_size(const AmxLayer& layer) { return layer.panels * cells_of(layer) * kCellTiles * kTile; }
-
-double amx_pass1(const AmxLayer& layer, std::int64_t first, std::int64_t last, std::uint32_t* b_tiles, float* y) {
+double pass1(const RowLayer& layer, std::int64_t first, std::int64_t last, std::uint32_t* b_tiles, float* y) {
   const Tiles tiles;
-  const std::int64_t cells = cells_of(layer), total = (last - first) * cells;
+  const std::int64_t cells = Cells::count(layer), total = (last - first) * cells;
   alignas(64) std::uint32_t v[2][kCellTiles * kTile];
   Cells cell(layer, first);
   double squares = 0;
@@ -281,8 +161,8 @@ double amx_pass1(const AmxLayer& layer, std::int64_t first, std::int64_t last, s
       for (int n = 0; n < kCellTiles; ++n) {
         if (c > 0) multiply1(ready + n * kTile, y_cell + n * kTile, block > first);
         if (p > 0 || c == total) continue;
-        cell.convert(2 * n, fresh, pass);
-        cell.convert(2 * n + 1, fresh, pass);
+        convert(cell, 2 * n, fresh, pass);
+        convert(cell, 2 * n + 1, fresh, pass);
       }
     }
     if (c == total) break;
@@ -293,8 +173,8 @@ double amx_pass1(const AmxLayer& layer, std::int64_t first, std::int64_t last, s
   return squares;
 }
 
-void amx_join(const AmxLayer& layer, const float* parts, std::int64_t count, std::uint32_t* y_tiles) {
-  const std::int64_t size = amx_y_size(layer);
+void join(const RowLayer& layer, const float* parts, std::int64_t count, std::uint32_t* y_tiles) {
+  const std::int64_t size = y_size(layer);
   alignas(64) float sum[2 * kTile];
   for (std::int64_t at = 0; at < size; at += 2 * kTile, y_tiles += 2 * kTile) {
     for (int i = 0; i < 2 * kTile; i += 16) {
@@ -313,9 +193,9 @@ void amx_join(const AmxLayer& layer, const float* parts, std::int64_t count, std
   }
 }
 
-void amx_pass2(const AmxLayer& layer, std::int64_t first, std::int64_t last, const std::uint32_t* y_tiles, float* out) {
+void pass2(const RowLayer& layer, std::int64_t first, std::int64_t last, const std::uint32_t* y_tiles, float* out) {
   const Tiles tiles;
-  const std::int64_t cells = cells_of(layer), total = (last - first) * cells;
+  const std::int64_t cells = Cells::count(layer), total = (last - first) * cells;
   alignas(64) std::uint32_t v[2][kCellTiles * kTile];
   Cells cell(layer, first);
   for (std::int64_t c = 0; c <= total; ++c) {
@@ -335,12 +215,19 @@ void amx_pass2(const AmxLayer& layer, std::int64_t first, std::int64_t last, con
       for (int g = 0; g < kGroups; ++g) {
         if (c > 0) multiply2(ready + g * 2 * kTile, y + g * 2 * kTile);
         if (p > 0 || c == total) continue;
-        for (int r = 4 * g; r < 4 * g + 4; ++r) cell.convert(r, fresh, pass);
+        for (int r = 4 * g; r < 4 * g + 4; ++r) convert(cell, r, fresh, pass);
       }
       if (c > 0) _tile_stored(0, out_block, 64);
     }
     if (c < total) cell.next();
   }
+}
+
+}  // namespace
+
+const RowKernels& amx_rows() {
+  static const RowKernels kernels = {y_size, pass1, join, pass2};
+  return kernels;
 }
 
 }  // namespace safelora::detail

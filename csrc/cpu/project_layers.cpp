@@ -1,10 +1,11 @@
 // B' = V(VᵀB)/‖V‖_F for many layers.
 //
-// On AVX-512 and below each weight is read once: V VᵀB = Σ_s V_s(V_sᵀB) over column strips s; a strip of both weights
-// is subtracted once and V_s stays in cache for both products. Each part of a layer is a run of strips with an
-// accumulator of its own; the parts are added in order when the last one is done. AMX is so fast that strips, which
-// hardware prefetchers do not follow, would leave it waiting: there Y = VᵀB and V·Y are two passes over the rows, and
-// each part is a run of rows. Parts and their order depend on the shapes alone.
+// With AVX-512 and AMX, Y = VᵀB and V·Y are two passes over the rows: each part of a layer is a run of rows, read in
+// order, which is what hardware prefetchers follow. On AVX2 and below each weight is read once: V VᵀB = Σ_s V_s(V_sᵀB)
+// over column strips s; a strip of both weights is subtracted once and V_s stays in cache for both products. There each
+// part is a run of strips with an accumulator of its own; the parts are added in order when the last one is done.
+// Arithmetic hides the strips' slower loads on AVX2, but not on the wider units. Parts and their order depend on the
+// shapes and the instruction set alone.
 #include <atomic>
 #include <mutex>
 #include <thread>
@@ -25,7 +26,7 @@ constexpr std::int64_t kMaxParts = 8;
 template <class T>
 struct Pools {
   Pool<T> panels;
-  Pool<std::uint32_t> tiles;
+  Pool<std::uint32_t> words;
 };
 
 template <class T>
@@ -43,10 +44,11 @@ class Layer {
     strips_ = ceil_div(layer.aligned.cols, width_);
     std::int64_t size = accumulator_size(), units = strips_;
 #ifdef SAFELORA_X86
-    if (use_amx()) {
-      amx_ = {layer.aligned, layer.base, rows_padded_ / kLanes, panels_, nullptr};
-      size = amx_y_size(amx_);
-      units = amx_.row_blocks;
+    by_rows_ = row_kernels();
+    if (by_rows_ != nullptr) {
+      row_layer_ = {layer.aligned, layer.base, rows_padded_ / kLanes, panels_, nullptr};
+      size = by_rows_->y_size(row_layer_);
+      units = row_layer_.row_blocks;
     }
 #endif
     const std::int64_t by_memory = kAccumulatorBytes / std::max<std::int64_t>(size * sizeof(T), 1);
@@ -55,11 +57,11 @@ class Layer {
   }
 
   std::int64_t parts() const { return parts_; }
-  std::int64_t phases() const { return use_amx() ? 2 : 1; }
+  std::int64_t phases() const { return by_rows_ != nullptr ? 2 : 1; }
 
   struct Scratch {
     Buffer<T> v, y;
-    Buffer<std::uint32_t> b_tiles;
+    Buffer<std::uint32_t> b;
   };
 
   // One part of one phase; whoever finishes the last part of the last phase also finishes the layer. Phase 1 waits for
@@ -68,7 +70,7 @@ class Layer {
     std::call_once(prepared_, [&] { prepare(); });
 #ifdef SAFELORA_X86
     if constexpr (std::is_same_v<T, float>)
-      if (use_amx()) return run_amx(phase, part, scratch, abandoned);
+      if (by_rows_ != nullptr) return run_rows(phase, part, scratch, abandoned);
 #endif
     const std::int64_t first = part * strips_ / parts_, last = (part + 1) * strips_ / parts_;
     squares_[part] = run_panels(first, last, accumulators_.get() + part * accumulator_size(), scratch);
@@ -77,14 +79,21 @@ class Layer {
 
  private:
   std::int64_t accumulator_size() const { return panels_ * rows_padded_ * kLanes; }
-  // In a small layer the errors of the split do not average out, and there is nothing to gain.
-  bool use_amx() const {
-    return std::is_same_v<T, float> && active_isa() == Isa::amx && rows_ >= 128 && layer_.aligned.cols >= 128;
+#ifdef SAFELORA_X86
+  // In a small layer the errors of AMX's split do not average out, and there is nothing to gain.
+  const RowKernels* row_kernels() const {
+    if (!std::is_same_v<T, float> || rows_ < 128 || layer_.aligned.cols < 128) return nullptr;
+    switch (active_isa()) {
+      case Isa::amx: return &amx_rows();
+      case Isa::avx512: return &avx512_rows();
+      default: return nullptr;
+    }
   }
+#endif
 
   void prepare() {
     b_ = pools_.panels.take(accumulator_size());
-    accumulators_ = pools_.panels.take((use_amx() ? 1 : parts_) * accumulator_size());
+    accumulators_ = pools_.panels.take((by_rows_ != nullptr ? 1 : parts_) * accumulator_size());
     T* dense = b_.get();
     std::fill(dense, dense + accumulator_size(), T(0));
     std::int64_t column = 0;
@@ -97,23 +106,22 @@ class Layer {
       }
 #ifdef SAFELORA_X86
     if constexpr (std::is_same_v<T, float>)
-      if (use_amx()) {
-        amx_.b = dense;
-        y_parts_ = pools_.panels.take(parts_ * amx_y_size(amx_));
-        y_tiles_ = pools_.tiles.take(amx_y_size(amx_));
+      if (by_rows_ != nullptr) {
+        row_layer_.b = dense;
+        y_parts_ = pools_.panels.take(parts_ * by_rows_->y_size(row_layer_));
+        y_words_ = pools_.words.take(by_rows_->y_size(row_layer_));
       }
 #endif
   }
 
 #ifdef SAFELORA_X86
-  void run_amx(std::int64_t phase, std::int64_t part, Scratch& scratch, const std::atomic<bool>& abandoned) {
+  void run_rows(std::int64_t phase, std::int64_t part, Scratch& scratch, const std::atomic<bool>& abandoned) {
     if (phase == 0) {
-      const std::int64_t size = amx_y_size(amx_);
-      scratch.b_tiles.reserve(panels_ * 512);
-      squares_[part] = amx_pass1(amx_, first_block(part), first_block(part + 1), scratch.b_tiles.get(),
-                                 y_parts_.get() + part * size);
+      scratch.b.reserve(panels_ * 512);
+      squares_[part] = by_rows_->pass1(row_layer_, first_block(part), first_block(part + 1), scratch.b.get(),
+                                       y_parts_.get() + part * by_rows_->y_size(row_layer_));
       if (pending_[0].fetch_sub(1) != 1) return;
-      amx_join(amx_, y_parts_.get(), parts_, y_tiles_.get());
+      by_rows_->join(row_layer_, y_parts_.get(), parts_, y_words_.get());
       joined_ = true;
       return;
     }
@@ -122,10 +130,11 @@ class Layer {
       std::this_thread::yield();
     }
     const std::int64_t backwards = parts_ - 1 - part;  // the rows read last are still in a shared cache
-    amx_pass2(amx_, first_block(backwards), first_block(backwards + 1), y_tiles_.get(), accumulators_.get());
+    by_rows_->pass2(row_layer_, first_block(backwards), first_block(backwards + 1), y_words_.get(),
+                    accumulators_.get());
     if (pending_[1].fetch_sub(1) == 1) finish(1);
   }
-  std::int64_t first_block(std::int64_t part) const { return part * amx_.row_blocks / parts_; }
+  std::int64_t first_block(std::int64_t part) const { return part * row_layer_.row_blocks / parts_; }
 #endif
 
   double run_panels(std::int64_t first, std::int64_t last, T* accumulator, Scratch& scratch) {
@@ -198,7 +207,7 @@ class Layer {
     pools_.panels.give(std::move(b_));
     pools_.panels.give(std::move(accumulators_));
     pools_.panels.give(std::move(y_parts_));
-    pools_.tiles.give(std::move(y_tiles_));
+    pools_.words.give(std::move(y_words_));
   }
 
   const ProjectLayer& layer_;
@@ -206,10 +215,9 @@ class Layer {
   Pools<T>& pools_;
   std::int64_t ranks_ = 0, panels_ = 0, rows_ = 0, rows_padded_ = 0, width_ = 0, strips_ = 0, parts_ = 0;
   Buffer<T> b_, accumulators_, y_parts_;
-  Buffer<std::uint32_t> y_tiles_;
-#ifdef SAFELORA_X86
-  AmxLayer amx_ = {};
-#endif
+  Buffer<std::uint32_t> y_words_;
+  const RowKernels* by_rows_ = nullptr;
+  RowLayer row_layer_ = {};
   std::atomic<bool> joined_{false};
   double squares_[kMaxParts] = {};
   std::once_flag prepared_;
