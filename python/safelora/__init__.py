@@ -88,6 +88,8 @@ def __getattr__(name: str) -> Any:
             return version("safelora-kernels")
         except PackageNotFoundError:
             return "0+uninstalled"
+    if name == "salora":
+        return import_module(".salora", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .adapter import METADATA_KEY
 
@@ -13,22 +13,39 @@ if TYPE_CHECKING:
     from .report import SafeLoraReport
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
-_OWN_BLOCK = re.compile(rf"^{METADATA_KEY}:[ \t]*\n(?:[ \t]+.*\n)*", re.MULTILINE)
 _TAG_LIST = re.compile(r"^tags:[ \t]*\n((?:[ \t]*- .*\n)*)", re.MULTILINE)
 
 
 def mark_card(path: Path, report: SafeLoraReport) -> None:
-    """Add the mark to the model card at `path`, which is created when missing; the rest stays as it is."""
-    text = path.read_bytes().decode("utf-8", "surrogateescape").replace("\r\n", "\n") if path.exists() else ""
-    found = _FRONT_MATTER.match(text)
-    front, body = (_OWN_BLOCK.sub("", found[1]), text[found.end() :]) if found else ("", text)
-    front = _tagged(front) + _block(report)
+    """Add a projection's mark to the model card at `path`."""
     what = "The weight" if "model" in report.inputs else "`lora_B`"
     count = f"{len(report.projected)} of {len(report.modules)}"
-    body = body.rstrip("\n") + (
-        f"\n\n## Safe LoRA\n\n{what} of {count} modules was projected onto the alignment subspace "
-        "(Safe LoRA, arXiv 2405.16833). `safelora_report.json` has the details. Do not project it again.\n"
+    values = {
+        "projected": len(report.projected),
+        "modules": len(report.modules),
+        "base": report.inputs["base"]["source"],
+        "aligned": report.inputs["aligned"]["source"],
+        **{key: report.options[key] for key in ("threshold", "num_layers", "rule", "normalize")},
+    }
+    text = (
+        f"{what} of {count} modules was projected onto the alignment subspace "
+        "(Safe LoRA, arXiv 2405.16833). `safelora_report.json` has the details. Do not project it again."
     )
+    write_mark(path, METADATA_KEY, values, "Safe LoRA", text)
+
+
+def write_mark(path: Path, key: str, values: dict[str, Any], heading: str, section: str) -> None:
+    """Add a mark to the model card at `path`, which is created when missing; the rest stays as it is.
+
+    The mark is the block `key` of `values` in the front matter, a tag, and a section under `heading`.
+    """
+    text = path.read_bytes().decode("utf-8", "surrogateescape").replace("\r\n", "\n") if path.exists() else ""
+    own_block = re.compile(rf"^{key}:[ \t]*\n(?:[ \t]+.*\n)*", re.MULTILINE)
+    found = _FRONT_MATTER.match(text)
+    front, body = (own_block.sub("", found[1]), text[found.end() :]) if found else ("", text)
+    block = f"{key}:\n" + "".join(f"  {name}: {json.dumps(value)}\n" for name, value in values.items())
+    front = _tagged(front) + block
+    body = body.rstrip("\n") + f"\n\n## {heading}\n\n{section}\n"
     path.write_bytes(f"---\n{front}---\n{body}".encode("utf-8", "surrogateescape"))
 
 
@@ -41,14 +58,3 @@ def _tagged(front: str) -> str:
         return front
     indent = items[: items.index("-")] if items else ""
     return f"{front[: found.end()]}{indent}- {METADATA_KEY}\n{front[found.end() :]}"
-
-
-def _block(report: SafeLoraReport) -> str:
-    values = {
-        "projected": len(report.projected),
-        "modules": len(report.modules),
-        "base": report.inputs["base"]["source"],
-        "aligned": report.inputs["aligned"]["source"],
-        **{key: report.options[key] for key in ("threshold", "num_layers", "rule", "normalize")},
-    }
-    return f"{METADATA_KEY}:\n" + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in values.items())

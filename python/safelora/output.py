@@ -33,8 +33,12 @@ _COPY_BYTES = 1 << 20
 _SPARE_BYTES = 4 << 20
 
 
-def check_target(out: Path, adapter: Path, checkpoints: list[Path], needed: int, overwrite: bool) -> None:
+def check_target(
+    out: Path, adapter: Path, checkpoints: list[Path], needed: int, overwrite: bool, report: str = REPORT_FILE
+) -> None:
     """Refuse an output location before any work: taken, unwritable, too small, or touching an input.
+
+    An earlier output, which may be overwritten, is known by its `report`.
 
     Raises SafeLoraError.
     """
@@ -47,7 +51,7 @@ def check_target(out: Path, adapter: Path, checkpoints: list[Path], needed: int,
         names = os.listdir(out)
         if names and not overwrite:
             raise SafeLoraError(f"the output directory {out} is not empty; choose another, or allow overwriting.")
-        if names and (REPORT_FILE not in names or any((out / name).is_dir() for name in names)):
+        if names and (report not in names or any((out / name).is_dir() for name in names)):
             raise SafeLoraError(f"{out} is not an earlier output of this tool, so it is not overwritten.")
     parent = out.parent
     while not parent.exists():
