@@ -12,6 +12,7 @@ add_library(
   safelora_kernels
   csrc/cpu/cpu_features.cpp
   csrc/cpu/debug.cpp
+  csrc/cpu/gram_apply.cpp
   csrc/cpu/isa_scalar.cpp
   csrc/cpu/parallel.cpp
   csrc/cpu/project_layers.cpp

@@ -39,6 +39,7 @@ template <class T>
 struct Kernels {
   Gemm16<T> gemm16;
   Gemm16Ahead<T> gemm16_ahead;
+  Gemm16Ahead<T> gemm8_ahead;  // of each row of 16 only the first 8
   LoadBlock<T> load;
   LoadDifference<T> load_difference;
   StoreBlock<T> store;

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -24,14 +25,15 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-template <class T>
+template <class T, int LANES = kLanes>
 struct Simd {
-  static constexpr int width = kVectorBytes / sizeof(T);
-  static constexpr int per_panel = kLanes / width;
+  static constexpr int bytes = LANES * sizeof(T) < kVectorBytes ? LANES * sizeof(T) : kVectorBytes;
+  static constexpr int width = bytes / sizeof(T);
+  static constexpr int per_row = LANES / width;
   // rows of C held in registers: about half of the register file, so that loads of B and broadcasts of A fit beside
   static constexpr int row_tile =
-      (kVectorBytes == 64 ? 16 : 12) / per_panel > 0 ? (kVectorBytes == 64 ? 16 : 12) / per_panel : 1;
-  typedef T type __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+      (kVectorBytes == 64 ? 16 : 12) / per_row > 0 ? (kVectorBytes == 64 ? 16 : 12) / per_row : 1;
+  typedef T type __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias));
 };
 
 struct NoAhead {
@@ -47,60 +49,84 @@ struct EvenlyAhead {
   }
 };
 
-template <class T, int M, class Lines>
-void gemm16_tile(std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b, std::int64_t ldb, T* c,
-                 std::int64_t ldc, bool accumulate, Lines& lines) {
-  using V = typename Simd<T>::type;
-  constexpr int n = Simd<T>::per_panel, w = Simd<T>::width;
-  V acc[M][n];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < n; ++j) acc[i][j] = accumulate ? *reinterpret_cast<const V*>(c + i * ldc + j * w) : V{};
-  for (std::int64_t l = 0; l < k; ++l) {
-    lines.next();
+// The first LANES of 16 columns. Strides known to be 1 spare the addresses of A an instruction each.
+template <class T, int LANES, int M, class RowStride, class ColStride, class Lines>
+void gemm_tile(std::int64_t k, const T* a, RowStride a_row, ColStride a_col, const T* b, std::int64_t ldb, T* c,
+               std::int64_t ldc, bool accumulate, Lines& lines) {
+  using V = typename Simd<T, LANES>::type;
+  constexpr int n = Simd<T, LANES>::per_row, w = Simd<T, LANES>::width;
+  // A sum of its own, added to C at the end: its terms lose less than they would on top of C.
+  V acc[M][n] = {};
+  // A pointer for every four rows: one for each would leave none for the rest.
+  const T* rows[(M + 3) / 4];
+#pragma GCC unroll 4
+  for (int g = 0; g < (M + 3) / 4; ++g) rows[g] = a + 4 * g * a_row;
+  Lines here = lines;
+  for (std::int64_t l = 0; l < k; ++l, b += ldb) {
+    here.next();
     V row[n];
 #pragma GCC unroll 8
-    for (int j = 0; j < n; ++j) row[j] = *reinterpret_cast<const V*>(b + l * ldb + j * w);
+    for (int j = 0; j < n; ++j) row[j] = *reinterpret_cast<const V*>(b + j * w);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const T scale = a[i * a_row + l * a_col];
+      const T scale = rows[i / 4][i % 4 * a_row];
 #pragma GCC unroll 8
       for (int j = 0; j < n; ++j) acc[i][j] += scale * row[j];
     }
+#pragma GCC unroll 4
+    for (int g = 0; g < (M + 3) / 4; ++g) rows[g] += a_col;
   }
+  lines = here;
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < n; ++j) *reinterpret_cast<V*>(c + i * ldc + j * w) = acc[i][j];
+    for (int j = 0; j < n; ++j) {
+      V& target = *reinterpret_cast<V*>(c + i * ldc + j * w);
+      target = accumulate ? target + acc[i][j] : acc[i][j];
+    }
 }
 
-template <class T, class Lines>
-void gemm16_rows(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
-                 std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate, [[maybe_unused]] Lines lines) {
-  constexpr int tile = Simd<T>::row_tile;
+template <class T, int LANES, class RowStride, class ColStride, class Lines>
+void gemm_tiles(std::int64_t m, std::int64_t k, const T* a, RowStride a_row, ColStride a_col, const T* b,
+                std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate, [[maybe_unused]] Lines lines) {
+  constexpr int tile = Simd<T, LANES>::row_tile;
   std::int64_t i = 0;
   for (; i + tile <= m; i += tile)
-    gemm16_tile<T, tile>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate, lines);
+    gemm_tile<T, LANES, tile>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate, lines);
   if constexpr (tile > 4)
     for (; i + 4 <= m; i += 4)
-      gemm16_tile<T, 4>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate, lines);
-  for (; i < m; ++i) gemm16_tile<T, 1>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate, lines);
+      gemm_tile<T, LANES, 4>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate, lines);
+  for (; i < m; ++i)
+    gemm_tile<T, LANES, 1>(k, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate, lines);
+}
+
+using One = std::integral_constant<std::int64_t, 1>;
+
+template <class T, int LANES, class Lines>
+void gemm_rows(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
+               std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate, Lines lines) {
+  if (a_row == 1)
+    gemm_tiles<T, LANES>(m, k, a, One{}, a_col, b, ldb, c, ldc, accumulate, lines);
+  else if (a_col == 1)
+    gemm_tiles<T, LANES>(m, k, a, a_row, One{}, b, ldb, c, ldc, accumulate, lines);
+  else
+    gemm_tiles<T, LANES>(m, k, a, a_row, a_col, b, ldb, c, ldc, accumulate, lines);
 }
 
 template <class T>
 void gemm16(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
             std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate) {
-  gemm16_rows(m, k, a, a_row, a_col, b, ldb, c, ldc, accumulate, NoAhead{});
+  gemm_rows<T, kLanes>(m, k, a, a_row, a_col, b, ldb, c, ldc, accumulate, NoAhead{});
 }
 
-template <class T>
-void gemm16_ahead(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
-                  std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate, Ahead ahead) {
-  if (ahead.bytes <= 0 || k == 0) return gemm16(m, k, a, a_row, a_col, b, ldb, c, ldc, accumulate);
-  const std::int64_t steps = (m + Simd<T>::row_tile - 1) / Simd<T>::row_tile * k;
-  gemm16_rows(m, k, a, a_row, a_col, b, ldb, c, ldc, accumulate,
-              EvenlyAhead{static_cast<const char*>(ahead.first), ahead.bytes / steps});
+template <class T, int LANES>
+void gemm_ahead(std::int64_t m, std::int64_t k, const T* a, std::int64_t a_row, std::int64_t a_col, const T* b,
+                std::int64_t ldb, T* c, std::int64_t ldc, bool accumulate, Ahead ahead) {
+  if (ahead.bytes <= 0 || k == 0)
+    return gemm_rows<T, LANES>(m, k, a, a_row, a_col, b, ldb, c, ldc, accumulate, NoAhead{});
+  const std::int64_t tile = Simd<T, LANES>::row_tile, steps = (m + tile - 1) / tile * k;
+  gemm_rows<T, LANES>(m, k, a, a_row, a_col, b, ldb, c, ldc, accumulate,
+                      EvenlyAhead{static_cast<const char*>(ahead.first), ahead.bytes / steps});
 }
 
 struct Bf16 {
@@ -289,7 +315,8 @@ void store_block(const T* src, std::int64_t ld, const Matrix& m, std::int64_t i0
 }
 
 template <class T>
-constexpr Kernels<T> kTable = {gemm16<T>, gemm16_ahead<T>, load_block<T>, load_difference<T>, store_block<T>};
+constexpr Kernels<T> kTable = {gemm16<T>,     gemm_ahead<T, kLanes>, gemm_ahead<T, kLanes / 2>,
+                               load_block<T>, load_difference<T>,    store_block<T>};
 
 const IsaTable& this_table() {
   static const IsaTable table = {kTable<float>, kTable<double>};

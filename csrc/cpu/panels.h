@@ -132,6 +132,16 @@ inline double cosine(const double* b_new, const double* b, std::int64_t d_out, c
   return std::clamp(cross / (std::sqrt(norm_new) * std::sqrt(norm)), -1.0, 1.0);
 }
 
+inline std::int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::bf16:
+    case DType::f16: return 2;
+    case DType::f64: return 8;
+    case DType::f32: break;
+  }
+  return 4;
+}
+
 inline bool has_f64(const ConstMatrix& m) { return m.dtype == DType::f64; }
 
 }  // namespace safelora::detail

@@ -36,4 +36,7 @@ struct Cpu final : binding::Views {
 }  // namespace
 }  // namespace safelora
 
-STABLE_TORCH_LIBRARY_IMPL(safelora, CPU, m) { safelora::binding::implement<safelora::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(safelora, CPU, m) {
+  safelora::binding::implement<safelora::Cpu>(m);
+  m.impl("gram_apply_layers", TORCH_BOX(&safelora::binding::gram_apply_layers_op<safelora::Cpu>));
+}

@@ -134,6 +134,32 @@ void project_out_layers_inplace_op(Tensors xs, Tensors bases, std::string side) 
 }
 
 template <class Target>
+Tensors gram_apply_layers_op(Tensors xs, Tensors zs, Tensors weights) {
+  check_length(zs.size(), xs.size(), "zs");
+  check_length(weights.size(), xs.size(), "weights");
+  const Target target(xs.empty() ? nullptr : &xs[0]);
+  std::vector<GramItem> items(xs.size());
+  Tensors out;
+  out.reserve(items.size());
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    GramItem& item = items[i];
+    item.x = target.view(xs[i], "x");
+    item.z = target.view(zs[i], "z");
+    check_shape(item.z, "z", item.x.cols, item.z.cols);
+    item.weights = target.column(weights[i], "weights");
+    const bool wide = item.x.dtype == DType::f64 || item.z.dtype == DType::f64 || item.weights.dtype == DType::f64;
+    if (item.weights.rows == 0)
+      item.weights = {};  // an empty tensor stands for ones
+    else
+      check_shape(item.weights, "weights", item.x.rows, 1);
+    out.push_back(target.new_results(zs[i], {item.z.rows, item.z.cols}, wide ? ScalarType::Double : ScalarType::Float));
+    item.out = target.mutable_view(out[i], "the result");
+  }
+  gram_apply(items, target.context);
+  return out;
+}
+
+template <class Target>
 std::tuple<Tensor, Tensor, Tensor> salora_linear_op(Tensor x, Tensor base_output, Tensor lora_A, Tensor lora_B,
                                                     Tensor basis, double scaling) {
   const Target target(&x);

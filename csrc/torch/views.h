@@ -50,6 +50,13 @@ class Views {
     return {t.const_data_ptr(), dtype_of(t, name), t.size(0), t.size(1), t.stride(0), t.stride(1)};
   }
 
+  // A vector, as a matrix of one column.
+  ConstMatrix column(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(t.dim() == 1, name, " must be 1-D, got ", t.dim(), "-D");
+    admit(t, name);
+    return {t.const_data_ptr(), dtype_of(t, name), t.size(0), 1, t.stride(0), 1};
+  }
+
   Matrix mutable_view(Tensor& t, const char* name) const {
     const ConstMatrix m = view(t, name);
     return {t.mutable_data_ptr(), m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};

@@ -90,7 +90,7 @@ _REGISTRY = {
     "cpu": _Backend(
         lambda: cpu.STATUS,
         _on("cpu"),
-        _by_dispatch([*_CPU_OPS, *([*reference.COMPOSED, "gram_apply_layers"] if _CPU_OPS else [])]),
+        _by_dispatch([*_CPU_OPS, *(reference.COMPOSED if _CPU_OPS else ())]),
     ),
     "reference": _Backend(lambda: (True, "plain torch, any device"), lambda: None, reference.LAUNCHERS),
 }

@@ -56,7 +56,7 @@ def gram(backend: str) -> list[Tensor]:
     return sk.gram_apply_layers(xs, zs, [torch.rand(1030), None, torch.rand(2050)], backend=backend)
 
 
-@pytest.mark.parametrize("work", [projection, complement, salora])
+@pytest.mark.parametrize("work", [projection, complement, salora, gram])
 def test_bits_do_not_depend_on_threads_or_runs(
     backend: str, threads: Callable[[int], None], work: Callable[[str], list[Tensor]]
 ) -> None:

@@ -91,10 +91,14 @@ def grown(work, *tensors):
 small = [filled(64, 64, dtype=torch.bfloat16), filled(64, 64, dtype=torch.bfloat16), filled(64, 4), filled(4, 64)]
 sk.project_lowrank(*small, backend="cpu")
 sk.project_out_layers_([small[2]], [filled(64, 2)], backend="cpu")
+sk.gram_apply(*small[1:3], backend="cpu")
 result = {}
 if "%s" == "project":
     tensors = [filled(d, d, dtype=torch.bfloat16), filled(d, d, dtype=torch.bfloat16), filled(d, r), filled(r, d)]
     result["grown"] = grown(lambda *t: sk.project_lowrank(*t, backend="cpu"), *tensors)
+elif "%s" == "gram":
+    x, z, w = filled(8192, d, dtype=torch.bfloat16), filled(d, r), filled(8192)
+    result["grown"] = grown(lambda *t: sk.gram_apply(*t, backend="cpu"), x, z, w)
 else:
     b, u = filled(d, r), filled(d, 32)
     result["grown"] = grown(lambda x, y: sk.project_out_layers_([x], [y], backend="cpu"), b, u)
@@ -104,9 +108,9 @@ print(json.dumps(result))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 @pytest.mark.skipif(not NATIVE, reason=f"no native kernels: {sk.backends()['cpu'].reason}")
-@pytest.mark.parametrize("work", ["project", "complement"])
+@pytest.mark.parametrize("work", ["project", "complement", "gram"])
 def test_native_peak_memory(work: str) -> None:
-    """One thread: 16 MiB of scratch beside the result. A bf16 copy of V, or C in bf16, would take 32."""
-    done = python(MEASURE % work)
+    """One thread: 16 MiB of scratch beside the result. A bf16 copy of V, or C or XᵀX in bf16, would take 32."""
+    done = python(MEASURE % (work, work))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["grown"] <= 20 * 1024

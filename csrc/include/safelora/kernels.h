@@ -97,6 +97,14 @@ struct ProjectOutItem {
 };
 SAFELORA_API void project_out(const std::vector<ProjectOutItem>& items, Side side, const Threads& threads);
 
+// out = Xᵀ diag(w) X Z with x (tokens×d), z (d×r) and weights (tokens×1; data == nullptr: ones), one pass over X.
+// Computed in fp64 if anything of the item is fp64, else in fp32.
+struct GramItem {
+  ConstMatrix x, z, weights;
+  Matrix out;
+};
+SAFELORA_API void gram_apply(const std::vector<GramItem>& items, const Threads& threads);
+
 // SaLoRA (arXiv 2501.01765): y = base_output + scaling·h·B̃ᵀ, h = x·Aᵀ (tokens×rank), B̃ = B − U(UᵀB) (d_out×rank).
 struct SaloraForward {
   ConstMatrix x, base_output, lora_A, lora_B, basis;
