@@ -31,7 +31,13 @@ from .types import LayerFactors
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The relative errors, in the Frobenius norm, that docs/numerics.md promises before the result is rounded.
-_BOUNDS = {"project_layers": 1e-5, "update_cosine": 1e-12, "project_out_layers": 1e-6, "salora_linear": 1e-5}
+_BOUNDS = {
+    "project_layers": 1e-5,
+    "update_cosine": 1e-12,
+    "project_out_layers": 1e-6,
+    "gram_apply_layers": 1e-5,
+    "salora_linear": 1e-5,
+}
 _SMALLEST_SAMPLE = 5
 
 
@@ -198,6 +204,8 @@ class _Inputs:
             self.layers.append(_Layer(*map(place, (aligned, base, *factors))))
         self.xs = [place(normal(d, m)) for d, m in ((300, 16), (64, 33))]
         self.bases = [torch.linalg.qr(normal(x.shape[0], 9))[0].float().to(device) for x in self.xs]
+        self.gram = [[place(normal(*s)) for s in shapes] for shapes in (((700, 96), (130, 41)), ((96, 16), (41, 5)))]
+        self.weights: list[Tensor | None] = [normal(700).square().float().to(device), None]
         self.salora = [place(normal(*shape)) for shape in ((70, 96), (70, 130), (8, 96), (130, 8))]
         self.salora.append(torch.linalg.qr(normal(130, 9))[0].float().to(device))
 
@@ -243,6 +251,11 @@ def _accuracy(backend: str, device: str, dtype: torch.dtype) -> Iterator[Check]:
         zip(copies, wide, strict=True),
         _BOUNDS["project_out_layers"],
     )
+    applied = functional.gram_apply_layers(*given.gram, given.weights, backend=backend)
+    weights = [None if w is None else w.double().cpu() for w in given.weights]
+    wide = reference.gram_apply_layers(*map(_wide, given.gram), weights)
+    pairs = list(zip(applied, wide, strict=True))
+    yield _judge(backend, "gram_apply_layers", kind, pairs, _BOUNDS["gram_apply_layers"])
     yield from _salora(backend, given.salora, kind)
 
 
@@ -283,6 +296,7 @@ def _outputs(backend: str, device: str) -> list[Tensor]:
     x, base_output, lora_A, lora_B, basis = leaves
     y = functional.salora_linear(x, base_output, lora_A, lora_B, basis, 0.5, backend=backend)
     flat = [t for result in results for t in result]
+    outs += functional.gram_apply_layers(*given.gram, given.weights, backend=backend)
     return [*flat, *outs, y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
 

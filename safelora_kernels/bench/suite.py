@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..doctor import environment
-from . import complement, curves, projection, salora, show
+from . import complement, curves, gram, projection, salora, show
 from .case import Case
 from .run import Curve, Options, Row, Run, run_cases
 
@@ -21,6 +21,7 @@ def cases(device: str) -> Iterator[Case]:
     """Everything that needs torch alone."""
     yield from projection.cases()
     yield from complement.cases()
+    yield from gram.cases()
     yield from salora.cases()
     yield from curves.cases(device)
 

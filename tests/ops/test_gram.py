@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import safelora_kernels as sk
+from safelora_kernels.bench import baselines
 
-from . import baselines, truth
+from . import truth
 from .truth import FLOATS, assert_accurate, relative_error
 
 FP32_BOUND = 1e-5
