@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .errors import SafeLoraError as SafeLoraError
     from .evaluate import Evaluation as Evaluation
     from .evaluate import evaluate_adapters as evaluate_adapters
+    from .frontier import Frontier as Frontier
+    from .frontier import trace_frontier as trace_frontier
     from .full_model import project_model as project_model
     from .judge import KeywordJudge as KeywordJudge
     from .live import LiveReport as LiveReport
@@ -36,6 +38,7 @@ _HOMES = {
     "Checkpoint": "checkpoint",
     "Evaluation": "evaluate",
     "Example": "data",
+    "Frontier": "frontier",
     "KeywordJudge": "judge",
     "LiveReport": "live",
     "ModuleReport": "report",
@@ -52,6 +55,7 @@ _HOMES = {
     "project_model": "full_model",
     "safe_lora_applied": "live",
     "sweep_thresholds": "sweep",
+    "trace_frontier": "frontier",
 }
 
 __all__ = [
@@ -59,6 +63,7 @@ __all__ = [
     "Checkpoint",
     "Evaluation",
     "Example",
+    "Frontier",
     "KeywordJudge",
     "LiveReport",
     "ModuleReport",
@@ -75,6 +80,7 @@ __all__ = [
     "project_model",
     "safe_lora_applied",
     "sweep_thresholds",
+    "trace_frontier",
 ]
 
 

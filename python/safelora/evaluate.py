@@ -126,8 +126,8 @@ def evaluate_adapters(
         for name in names:
             locate(name, None, local_files_only, ADAPTER_FILES)
     told = counter(progress, suite.size * len(labels))
-    with closing(_subjects(model, names, bare, live, local_files_only)) as subjects:
-        outcomes = [suite.run(subject, tokenizer, label, told) for label, subject in zip(labels, subjects, strict=True)]
+    with closing(subjects(model, names, bare, live, local_files_only)) as states:
+        outcomes = [suite.run(subject, tokenizer, label, told) for label, subject in zip(labels, states, strict=True)]
     return Evaluation(
         outcomes,
         suite.describe(),
@@ -229,7 +229,7 @@ def staged(out: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
         directory.publish()
 
 
-def _subjects(
+def subjects(
     model: Any, names: Sequence[str], bare: bool, live: bool, local_files_only: bool
 ) -> Generator[Any, None, None]:
     """The model in each of its states, one after another; it is as it was at the end."""

@@ -97,18 +97,27 @@ def load_judge(spec: str) -> Judge:
 
 def load_callable(spec: str, what: str, signature: str) -> Callable[..., Any]:
     """What ``MODULE:NAME`` names, instantiated if it is a class. Raises SafeLoraError when it cannot be called."""
+    found = import_named(spec)
+    if isinstance(found, type):
+        try:
+            found = found()
+        except Exception as error:  # whatever a stranger's class raises
+            found = error
+    if not callable(found):
+        reason = f" ({type(found).__name__}: {found})" if isinstance(found, Exception) else ""
+        raise SafeLoraError(f"unknown {what} {spec!r}{reason}: expected MODULE:NAME of a callable {signature}.")
+    return found
+
+
+def import_named(spec: str) -> Any:
+    """What ``MODULE:NAME`` names; the exception that importing it raised; None for another form."""
     module, _, name = spec.partition(":")
     try:
         found: Any = importlib.import_module(module) if module and name else None
         for part in name.split("."):
             found = getattr(found, part)
-        if isinstance(found, type):
-            found = found()
     except Exception as error:  # whatever a stranger's module raises on import
-        found = error
-    if not callable(found):
-        reason = f" ({type(found).__name__}: {found})" if isinstance(found, Exception) else ""
-        raise SafeLoraError(f"unknown {what} {spec!r}{reason}: expected MODULE:NAME of a callable {signature}.")
+        return error if module and name else None
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 Z95 = 1.959964
 
 
-def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
+def wilson(successes: float, trials: float, z: float = Z95) -> tuple[float, float]:
     """Wilson score interval of a proportion, 95 % for the default ``z``.
 
     Raises ValueError unless 0 <= successes <= trials and trials > 0.
@@ -24,10 +24,14 @@ def wilson(successes: int, trials: int, z: float = Z95) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Rate:
-    """``hits`` of ``total`` with a 95 % Wilson interval."""
+    """``hits`` of ``total`` with a 95 % Wilson interval.
+
+    draws: how often the same trials were repeated; repeating them does not make more of them.
+    """
 
     hits: int
     total: int
+    draws: int = 1
 
     @classmethod
     def of(cls, outcomes: Sequence[bool]) -> Rate:
@@ -40,7 +44,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson(self.hits, self.total)
+        return wilson(self.hits / self.draws, self.total / self.draws)
 
     def __add__(self, other: Rate) -> Rate:
         return Rate(self.hits + other.hits, self.total + other.total)

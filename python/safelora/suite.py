@@ -220,12 +220,8 @@ class Suite:
             )
             self._weigh(name, found, outcomes)
         order = [name for name in HEADINGS if name in outcomes]
-        return Outcome(
-            label,
-            {name: _figure(name, outcomes[name]) for name in order},
-            {name: outcomes[name] for name in order},
-            rows,
-        )
+        figures = {name: _figure(name, outcomes[name]) for name in order}
+        return Outcome(label, figures, {name: outcomes[name] for name in order}, rows)
 
     def _forced(self) -> list[tuple[str, tuple[Example, ...]]]:
         """The sets whose answers are given to the model."""
@@ -283,6 +279,22 @@ class Suite:
             outcomes["nll" if name == "utility" else "general_nll"] = [
                 -one.log_probability / max(one.tokens, 1) for one in found
             ]
+
+
+def pool(outcomes: Sequence[Outcome]) -> Outcome:
+    """The same questions put to several draws of a model: shares of all answers, with the interval of as many trials as
+    there are questions; means over the draws' means of each question."""
+    first = outcomes[0]
+    metrics: dict[str, Rate | Mean] = {}
+    columns: dict[str, list[float]] = {}
+    for name in first.metrics:
+        repeated = list(zip(*(outcome.outcomes[name] for outcome in outcomes), strict=True))
+        columns[name] = [sum(values) / len(values) for values in repeated]
+        rates = [figure for outcome in outcomes if isinstance(figure := outcome.metrics[name], Rate)]
+        metrics[name] = Mean.of(columns[name])
+        if len(rates) == len(outcomes):
+            metrics[name] = Rate(sum(r.hits for r in rates), sum(r.total for r in rates), len(rates))
+    return Outcome(first.label, metrics, columns, [row for outcome in outcomes for row in outcome.rows])
 
 
 def _figure(name: str, values: list[float]) -> Rate | Mean:
