@@ -251,11 +251,11 @@ def _accuracy(backend: str, device: str, dtype: torch.dtype) -> Iterator[Check]:
         zip(copies, wide, strict=True),
         _BOUNDS["project_out_layers"],
     )
-    applied = functional.gram_apply_layers(*given.gram, given.weights, backend=backend)
+    xs, zs = given.gram
+    applied = functional.gram_apply_layers(xs, zs, given.weights, backend=backend)
     weights = [None if w is None else w.double().cpu() for w in given.weights]
-    wide = reference.gram_apply_layers(*map(_wide, given.gram), weights)
-    pairs = list(zip(applied, wide, strict=True))
-    yield _judge(backend, "gram_apply_layers", kind, pairs, _BOUNDS["gram_apply_layers"])
+    wide = reference.gram_apply_layers(_wide(xs), _wide(zs), weights)
+    yield _judge(backend, "gram_apply_layers", kind, zip(applied, wide, strict=True), _BOUNDS["gram_apply_layers"])
     yield from _salora(backend, given.salora, kind)
 
 
@@ -296,7 +296,8 @@ def _outputs(backend: str, device: str) -> list[Tensor]:
     x, base_output, lora_A, lora_B, basis = leaves
     y = functional.salora_linear(x, base_output, lora_A, lora_B, basis, 0.5, backend=backend)
     flat = [t for result in results for t in result]
-    outs += functional.gram_apply_layers(*given.gram, given.weights, backend=backend)
+    xs, zs = given.gram
+    outs += functional.gram_apply_layers(xs, zs, given.weights, backend=backend)
     return [*flat, *outs, y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
 
 
