@@ -40,3 +40,9 @@ STABLE_TORCH_LIBRARY_IMPL(safelora, CPU, m) {
   safelora::binding::implement<safelora::Cpu>(m);
   m.impl("gram_apply_layers", TORCH_BOX(&safelora::binding::gram_apply_layers_op<safelora::Cpu>));
 }
+
+static std::int64_t cpu_path() { return static_cast<std::int64_t>(safelora::active_isa()); }
+
+// For the doctor: the library exports no symbol, so that a question to it is an operator too.
+STABLE_TORCH_LIBRARY_FRAGMENT(safelora, m) { m.def("_cpu_path() -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(safelora, CompositeExplicitAutograd, m) { m.impl("_cpu_path", TORCH_BOX(&cpu_path)); }

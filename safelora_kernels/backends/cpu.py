@@ -53,6 +53,17 @@ def _load() -> tuple[bool, str]:
 
 
 STATUS = _load()
+_PATHS = ("scalar", "avx2", "avx512", "amx")  # in the order of Isa, csrc/include/safelora/kernels.h
+
+
+def code_path() -> str:
+    """The code path that the loaded kernels take on this CPU, or why there is none."""
+    if not STATUS[0]:
+        return "none: no native CPU kernels"
+    try:
+        return _PATHS[torch.ops.safelora._cpu_path()]
+    except RuntimeError as error:  # SAFELORA_CPU_ISA asks for what cannot be
+        return f"none: {str(error).splitlines()[0]}"
 
 
 def implemented(ops: Iterable[str]) -> list[str]:
