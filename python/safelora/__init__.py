@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .errors import SafeLoraError as SafeLoraError
     from .evaluate import Evaluation as Evaluation
     from .evaluate import evaluate_adapters as evaluate_adapters
+    from .filter import FilterReport as FilterReport
+    from .filter import filter_adapter as filter_adapter
     from .frontier import Frontier as Frontier
     from .frontier import trace_frontier as trace_frontier
     from .full_model import project_model as project_model
@@ -40,6 +42,7 @@ _HOMES = {
     "Example": "data",
     "Frontier": "frontier",
     "KeywordJudge": "judge",
+    "FilterReport": "filter",
     "LiveReport": "live",
     "ModuleReport": "report",
     "SafeLoraCallback": "callback",
@@ -49,6 +52,7 @@ _HOMES = {
     "convert_adapter": "convert",
     "evaluate_adapters": "evaluate",
     "load_examples": "data",
+    "filter_adapter": "filter",
     "plan_modules": "mapping",
     "project_adapter": "project",
     "project_adapters": "project",
@@ -63,6 +67,7 @@ __all__ = [
     "Checkpoint",
     "Evaluation",
     "Example",
+    "FilterReport",
     "Frontier",
     "KeywordJudge",
     "LiveReport",
@@ -73,6 +78,7 @@ __all__ = [
     "apply_safe_lora",
     "convert_adapter",
     "evaluate_adapters",
+    "filter_adapter",
     "load_examples",
     "plan_modules",
     "project_adapter",

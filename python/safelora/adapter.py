@@ -30,7 +30,6 @@ COMPANIONS = (
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>lora_A|lora_B)\.weight")
 _EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])")
 _LORA_PART = re.compile(r"\.(lora_\w+|token_adapter\.trainable_tokens_delta)(\.|$)")
-_README_MARK = re.compile(rf"\A---\n(.*\n)*?{METADATA_KEY}:\s", re.MULTILINE)
 
 _NOT_BA = "its update is not s·B·A"
 _REFUSED_OPTIONS = {
@@ -47,6 +46,49 @@ _REFUSED_PARTS = {
     "lora_diag": _REFUSED_OPTIONS["kasa_config"],
     "lora_E": "it is an AdaLoRA adapter: its update is B·diag(E)·A",
 }
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How an adapter says that a method changed it, so that it is not changed twice unless told to.
+
+    key: in the metadata of the weight file (with value `done`) and in the front matter of the model card.
+    report: the file beside the adapter, whose field `count` is the number of changed modules.
+    attribute: on the PEFT config of an adapter in memory.
+    """
+
+    key: str
+    done: str
+    doing: str
+    report: str
+    count: str
+    attribute: str
+
+    def of(self, root: Path, header: Header) -> str | None:
+        """Where the adapter in `root` bears this mark, or None."""
+        if self.key in header.metadata:
+            return f"{header.path.name} says so in its metadata"
+        report_path = root / self.report
+        if report_path.exists():
+            report, _ = read_json(report_path, f"the report of {self.doing.lower()}")
+            if report.get(self.count) != 0:
+                return f"it has a {self.report}"
+        readme = root / "README.md"
+        if readme.is_file():
+            with open(readme, encoding="utf-8", errors="replace") as file:
+                if re.match(rf"\A---\n(.*\n)*?{self.key}:\s", file.read(1 << 20), re.MULTILINE):
+                    return "its README.md says so"
+        return None
+
+    def refusal(self, what: str, remedy: str) -> SafeLoraError:
+        """The error for an adapter that bears the mark."""
+        return SafeLoraError(
+            f"{what}. {self.doing} twice shrinks the update twice; {remedy}, or say so explicitly "
+            f"(allow_{self.done}=True, --allow-{self.done})."
+        )
+
+
+PROJECTED = Mark(METADATA_KEY, "projected", "Projecting", REPORT_FILE, "num_projected", "_safelora_projected")
 
 
 class LoraModule(NamedTuple):
@@ -127,14 +169,15 @@ class Adapter:
         revision: str | None = None,
         local_files_only: bool = False,
         allow_projected: bool = False,
+        mark: Mark = PROJECTED,
     ) -> Adapter:
         """Read a PEFT adapter directory (or repository id) and classify every tensor in it.
 
         Raises SafeLoraError when files are missing or inconsistent, when the adapter's update is not s·B·A (DoRA and
-        its like), or when it has been projected before and `allow_projected` is false: C is not idempotent, so a
-        second projection shrinks the update once more.
+        its like), or when it bears `mark`, has been projected before, and `allow_projected` is false: C is not
+        idempotent, so a second projection shrinks the update once more.
         """
-        root = locate(source, revision, local_files_only, [CONFIG_FILE, WEIGHTS_FILE, REPORT_FILE, *COMPANIONS])
+        root = locate(source, revision, local_files_only, [CONFIG_FILE, WEIGHTS_FILE, mark.report, *COMPANIONS])
         config_path = root / CONFIG_FILE
         if not config_path.exists():
             raise SafeLoraError(f"{root} is not a PEFT adapter: it has no {CONFIG_FILE}. {_nested_hint(root)}".strip())
@@ -142,14 +185,12 @@ class Adapter:
         _check_kind(config, root)
         weights, header, loaded = _open_weights(root)
         modules, passed_through, warnings = _classify(header.tensors, config, weights)
-        mark = _projection_mark(root, header)
-        if mark:
+        place = mark.of(root, header)
+        if place:
             if not allow_projected:
-                raise SafeLoraError(
-                    f"{root} has been projected already ({mark}). Projecting twice shrinks the update twice; start "
-                    "from the original adapter, or say so explicitly (allow_projected=True, --allow-projected)."
-                )
-            warnings.append("The input had been projected before; its update is shrunk a second time.")
+                what = f"{root} has been {mark.done} already ({place})"
+                raise mark.refusal(what, "start from the original adapter")
+            warnings.append(f"The input had been {mark.done} before; its update is shrunk a second time.")
         return cls(os.fspath(source), root, weights, config, modules, passed_through, warnings, header, loaded)
 
     @property
@@ -311,23 +352,6 @@ def _module(name: str, parts: dict[str, TensorInfo], weights: Path) -> LoraModul
         )
     kind = "embedding" if "lora_embedding_" in a.name else "conv" if len(a.shape) > 2 else "linear"
     return LoraModule(name, kind, a, b)
-
-
-def _projection_mark(root: Path, header: Header) -> str | None:
-    """Where the adapter says that it was projected, or None."""
-    if METADATA_KEY in header.metadata:
-        return f"{header.path.name} says so in its metadata"
-    report_path = root / REPORT_FILE
-    if report_path.exists():
-        report, _ = read_json(report_path, "the projection report")
-        if report.get("num_projected") != 0:
-            return f"it has a {REPORT_FILE}"
-    readme = root / "README.md"
-    if readme.is_file():
-        with open(readme, encoding="utf-8", errors="replace") as file:
-            if _README_MARK.match(file.read(1 << 20)):
-                return "its README.md says so"
-    return None
 
 
 def _nested_hint(root: Path) -> str:

@@ -10,28 +10,15 @@ from typing import TYPE_CHECKING, Any
 from .adapter import METADATA_KEY
 
 if TYPE_CHECKING:
-    from .report import SafeLoraReport
+    from .report import Report
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 _TAG_LIST = re.compile(r"^tags:[ \t]*\n((?:[ \t]*- .*\n)*)", re.MULTILINE)
 
 
-def mark_card(path: Path, report: SafeLoraReport) -> None:
-    """Add a projection's mark to the model card at `path`."""
-    what = "The weight" if "model" in report.inputs else "`lora_B`"
-    count = f"{len(report.projected)} of {len(report.modules)}"
-    values = {
-        "projected": len(report.projected),
-        "modules": len(report.modules),
-        "base": report.inputs["base"]["source"],
-        "aligned": report.inputs["aligned"]["source"],
-        **{key: report.options[key] for key in ("threshold", "num_layers", "rule", "normalize")},
-    }
-    text = (
-        f"{what} of {count} modules was projected onto the alignment subspace "
-        "(Safe LoRA, arXiv 2405.16833). `safelora_report.json` has the details. Do not project it again."
-    )
-    write_mark(path, METADATA_KEY, values, "Safe LoRA", text)
+def mark_card(path: Path, report: Report) -> None:
+    """Add a report's mark to the model card at `path`."""
+    write_mark(path, report.mark.key, *report.card())
 
 
 def write_mark(path: Path, key: str, values: dict[str, Any], heading: str, section: str) -> None:

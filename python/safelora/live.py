@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from .adapter import REPORT_FILE, LoraModule, tensor_bytes
+from .adapter import PROJECTED, REPORT_FILE, LoraModule, Mark, tensor_bytes
 from .card import mark_card
 from .checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from .distributed import Kept, Ranks, modules_of, process_group, share
@@ -24,7 +24,6 @@ from .full import FullTensor
 from .mapping import PlannedModule, plan_modules
 from .measure import Measured, Pair, Rewriter, batches_of, measure, pairs_of
 from .peft_model import (
-    MARK,
     MEMORY,
     QUANTISATION_ERROR,
     Gather,
@@ -194,11 +193,12 @@ class _Change:
 class _Changes:
     """The changes to one adapter of a model."""
 
-    def __init__(self, model: Any, adapter: str) -> None:
+    def __init__(self, model: Any, adapter: str, mark: Mark = PROJECTED) -> None:
         self.made: list[_Change] = []
         self._model = model
         self._config = model.peft_config[adapter]
-        self._marked_before = hasattr(self._config, MARK)
+        self._mark = mark
+        self._marked_before = hasattr(self._config, mark.attribute)
 
     def make(self, name: str, parameter: Any, tensor: torch.Tensor) -> None:
         """Prepare a change; a sharded parameter gets its part of the tensor."""
@@ -215,7 +215,7 @@ class _Changes:
             change.parameter.copy_(change.new)
             change.version = change.parameter._version
             change.new = None
-        setattr(self._config, MARK, True)
+        setattr(self._config, self._mark.attribute, True)
 
     def undo(self, force: bool) -> None:
         import torch
@@ -223,7 +223,7 @@ class _Changes:
         moved = [change.name for change in self.made if change.parameter._version != change.version]
         if moved and not force:
             raise SafeLoraError(
-                f"{len(moved)} factor(s) have changed since the projection ({moved[0]}): undoing it would lose that. "
+                f"{len(moved)} factor(s) have changed since ({moved[0]}): undoing would lose that. "
                 "Use undo(force=True) to go back all the same."
             )
         reshard(self._model)
@@ -231,7 +231,7 @@ class _Changes:
             for change in self.made:
                 change.parameter.copy_(change.original)
         if self.made and not self._marked_before:
-            delattr(self._config, MARK)
+            delattr(self._config, self._mark.attribute)
         self.made.clear()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from .adapter import COMPANIONS, CONFIG_FILE, METADATA_KEY, REPORT_FILE, WEIGHTS_FILE, Adapter, tensor_bytes
+from .adapter import COMPANIONS, CONFIG_FILE, PROJECTED, REPORT_FILE, WEIGHTS_FILE, Adapter, Mark, tensor_bytes
 from .checkpoint import INDEX_FILE, Checkpoint, TensorInfo
 from .errors import SafeLoraError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from .report import SafeLoraReport
+    from .report import Report, SafeLoraReport
 
 try:
     import fcntl
@@ -102,10 +102,10 @@ class StagedDirectory:
     def _create(self, name: str) -> BinaryIO:
         return self._opened.enter_context((self.path / name).open("xb+", buffering=0))
 
-    def finish(self, report: SafeLoraReport, written: Collection[str] = ()) -> None:
+    def finish(self, report: Report, written: Collection[str] = ()) -> None:
         """Add report and model card, and publish."""
-        report.save_json(self.path / REPORT_FILE)
-        if report.projected:
+        report.save_json(self.path / report.mark.report)
+        if report.changed:
             from .card import mark_card
 
             mark_card(self.path / "README.md", report)
@@ -159,10 +159,11 @@ class StagedDirectory:
 class StagedAdapter(StagedDirectory):
     """An adapter directory under construction."""
 
-    def __init__(self, out: Path, adapter: Adapter) -> None:
+    def __init__(self, out: Path, adapter: Adapter, mark: Mark = PROJECTED) -> None:
         super().__init__(out)
         self.adapter = adapter
-        self._header = _header_bytes(adapter, marked=True)
+        self._mark = mark
+        self._header = _header_bytes(adapter, mark, marked=True)
         self._file: BinaryIO | None = None
 
     def _begin(self) -> None:
@@ -192,12 +193,14 @@ class StagedAdapter(StagedDirectory):
         shift = len(self._header) - header.data_start
         return _read(info._replace(file=self.path / WEIGHTS_FILE, begin=info.begin + shift, end=info.end + shift))
 
-    def commit(self, report: SafeLoraReport) -> None:
+    def commit(self, report: Report) -> None:
         """Write header, report and model card, and move everything to its place."""
         assert self._file is not None
         with self.writing():
             self._file.seek(0)
-            write_all(self._file, memoryview(_header_bytes(self.adapter, bool(report.projected), len(self._header))))
+            write_all(
+                self._file, memoryview(_header_bytes(self.adapter, self._mark, bool(report.changed), len(self._header)))
+            )
             os.fsync(self._file.fileno())
             self.finish(report, (WEIGHTS_FILE,))
 
@@ -270,11 +273,11 @@ def write_all(file: BinaryIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
-def _header_bytes(adapter: Adapter, marked: bool, size: int = 0) -> bytes:
+def _header_bytes(adapter: Adapter, mark: Mark, marked: bool, size: int = 0) -> bytes:
     """Length prefix and JSON (padded to `size`) of the output's header: the input's tensors at the input's offsets."""
-    metadata = {"format": "pt", **{key: text for key, text in adapter.header.metadata.items() if key != METADATA_KEY}}
-    if marked or METADATA_KEY in adapter.header.metadata:
-        metadata[METADATA_KEY] = "projected"
+    metadata = {"format": "pt", **{key: text for key, text in adapter.header.metadata.items() if key != mark.key}}
+    if marked or mark.key in adapter.header.metadata:
+        metadata[mark.key] = mark.done
     start = adapter.header.data_start
     content: dict[str, Any] = {"__metadata__": metadata}
     for info in sorted(adapter.header.tensors.values(), key=lambda info: info.begin):

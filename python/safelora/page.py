@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .report import COSINE_ERROR
 
 if TYPE_CHECKING:
-    from .report import ModuleReport, SafeLoraReport
+    from .report import ModuleReport, Report, SafeLoraReport
 
 _STYLE = """
 :root{color-scheme:light dark;--line:#8884;--soft:#8881;--cut:#d22}
@@ -55,37 +55,59 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 900, 300, 60, 34, 12
 
 
 def render(report: SafeLoraReport) -> str:
-    """The complete page."""
+    """The complete page of a projection."""
     values = [module.cosine for module in report.modules if module.cosine is not None] or [0.0]
     low, high = min(values), max(values)
-    warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in report.warnings)
-    gradient = ",".join(f"rgb{colour}" for colour in _COLOURS)
+    return document(
+        "Safe LoRA report",
+        report,
+        f"{_facts(report)}{warnings(report)}"
+        f"<h2>By depth</h2>{_legend(report)}{_cosine_figure(report)}{_shrinkage_figure(report)}"
+        f"<h2>Layers</h2><p>Cosine of the update and its projection: {scale(low, high)}. Framed in red: projected.</p>"
+        f"{picture(report, low, high, lambda module: module.cosine)}<h2>Modules</h2>{_table(report)}",
+    )
+
+
+def document(title: str, report: Any, body: str) -> str:
+    """A page with summary and provenance around its body."""
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><title>Safe LoRA report</title>'
-        f"<style>{_STYLE}</style><h1>Safe LoRA report</h1><p>{escape(report.summary())}</p>{_facts(report)}{warnings}"
-        f"<h2>By depth</h2>{_legend(report)}{_cosine_figure(report)}{_shrinkage_figure(report)}"
-        f'<h2>Layers</h2><p>Cosine of the update and its projection: {low:.4f} <span class="scale" '
-        f'style="background:linear-gradient(90deg,{gradient})"></span> {high:.4f}. Framed in red: projected.</p>'
-        f"{_picture(report, low, high)}<h2>Modules</h2>{_table(report)}{_skips(report)}"
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style><h1>{escape(title)}</h1><p>{escape(report.summary())}</p>{body}{_skips(report)}"
         f"<h2>Provenance</h2>{_provenance(report)}</html>\n"
     )
 
 
+def warnings(report: Any) -> str:
+    """A paragraph for each warning."""
+    return "".join(f'<p class="warning">{escape(text)}</p>' for text in report.warnings)
+
+
+def scale(low: float, high: float) -> str:
+    """The colour scale of the picture between its bounds."""
+    gradient = ",".join(f"rgb{colour}" for colour in _COLOURS)
+    return f'{low:.4f} <span class="scale" style="background:linear-gradient(90deg,{gradient})"></span> {high:.4f}'
+
+
+def facts(items: dict[str, str]) -> str:
+    """Short facts as tiles."""
+    tiles = "".join(f"<li><strong>{escape(value)}</strong>{escape(name)}</li>" for name, value in items.items())
+    return f'<ul class="facts">{tiles}</ul>'
+
+
 def _facts(report: SafeLoraReport) -> str:
     measured = [module for module in report.modules if module.cosine is not None]
-    facts = {
+    found = {
         "would project" if report.dry_run else "projected": f"{len(report.projected)} of {len(report.modules)}",
         "skipped": str(sum(module.decision == "skipped" for module in report.modules)),
         "undecided": str(len(report.near_threshold)),
     }
     if measured:
-        facts["cosines"] = "{:.3f} to {:.3f}".format(*_range(measured, lambda module: module.cosine))
+        found["cosines"] = "{:.3f} to {:.3f}".format(*_range(measured, lambda module: module.cosine))
     cut = _cut(report)
     if cut is not None:
-        facts["cut"] = f"{cut:.4g}"
-    items = "".join(f"<li><strong>{escape(value)}</strong>{escape(name)}</li>" for name, value in facts.items())
-    return f'<ul class="facts">{items}</ul>'
+        found["cut"] = f"{cut:.4g}"
+    return facts(found)
 
 
 def _range(modules: Sequence[ModuleReport], value: Callable[[ModuleReport], float | None]) -> tuple[float, float]:
@@ -103,12 +125,22 @@ def _cut(report: SafeLoraReport) -> float | None:
     return (max(projected) + min(kept)) / 2 if projected and kept else None
 
 
+def legend(report: Report) -> str:
+    """The colours of the module kinds."""
+    return f'<p class="legend">{_kinds(report)}</p>'
+
+
 def _legend(report: SafeLoraReport) -> str:
+    framed = '<span><i style="border:2.5px solid var(--cut)"></i>projected</span>'
+    return f'<p class="legend">{_kinds(report)}{framed}</p>'
+
+
+def _kinds(report: Report) -> str:
     entries = "".join(
         f'<span><i style="background:{_series_colour(index)}"></i>{escape(column)}</span>'
         for index, column in enumerate(report.grid()[1])
     )
-    return f'<p class="legend">{entries}<span><i style="border:2.5px solid var(--cut)"></i>projected</span></p>'
+    return entries
 
 
 def _series_colour(index: int) -> str:
@@ -123,7 +155,7 @@ def _cosine_figure(report: SafeLoraReport) -> str:
     reach = [*values, *([cut] if cut is not None and 0 <= cut <= 1 else [])]
     pad = max((max(reach) - min(reach)) * 0.08, 1e-4)
     low, high = max(min(reach) - pad, 0.0), min(max(reach) + pad, 1.0)
-    return _figure(report, "cosine of the update and its projection", lambda m: m.cosine, low, high, cut)
+    return figure(report, "cosine of the update and its projection", lambda m: m.cosine, low, high, cut)
 
 
 def _shrinkage_figure(report: SafeLoraReport) -> str:
@@ -135,19 +167,23 @@ def _shrinkage_figure(report: SafeLoraReport) -> str:
         return math.log10(module.shrinkage) if module.shrinkage else None
 
     title = "what the projection leaves, ‖CB‖/‖B‖"
-    return _figure(report, title, value, math.floor(min(logs)), math.floor(max(logs)) + 1, None, power_of_ten=True)
+    return figure(report, title, value, math.floor(min(logs)), math.floor(max(logs)) + 1, None, power_of_ten=True)
 
 
-def _figure(
-    report: SafeLoraReport,
+def figure(
+    report: Report,
     title: str,
-    value: Callable[[ModuleReport], float | None],
+    value: Callable[[Any], float | None],
     low: float,
     high: float,
-    cut: float | None,
+    cut: float | None = None,
     power_of_ten: bool = False,
+    numbers: Callable[[Any], str] | None = None,
 ) -> str:
-    """One line per module kind over the depth of the model; `value` is drawn between `low` and `high`."""
+    """One line per module kind over the depth of the model; `value` is drawn between `low` and `high`.
+
+    numbers: what the tip of a dot says about its module.
+    """
     rows, columns, cells = report.grid()
 
     def x(index: int) -> float:
@@ -181,7 +217,7 @@ def _figure(
         colour = _series_colour(index)
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in dots)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-opacity=".45"/>')
-        parts += [_dot(px, py, module, colour) for px, py, module in dots]
+        parts += [_dot(px, py, module, colour, numbers or _numbers) for px, py, module in dots]
     label = escape(title, quote=True)
     return (
         f'<figure><figcaption>{escape(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
@@ -189,13 +225,16 @@ def _figure(
     )
 
 
-def _dot(px: float, py: float, module: ModuleReport, colour: str) -> str:
+def _dot(px: float, py: float, module: Any, colour: str, numbers: Callable[[Any], str]) -> str:
     mark = ' class="projected"' if module.decision == "projected" else ""
-    numbers = f"cosine {_number(module.cosine, '.5f')}, ‖CB‖/‖B‖ {_number(module.shrinkage, '.3e')}"
     return (
         f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4"{mark} fill="{colour}">'
-        f"<title>{escape(f'{module.name}: {module.decision}, {numbers}')}</title></circle>"
+        f"<title>{escape(f'{module.name}: {module.decision}, {numbers(module)}')}</title></circle>"
     )
+
+
+def _numbers(module: ModuleReport) -> str:
+    return f"cosine {_number(module.cosine, '.5f')}, ‖CB‖/‖B‖ {_number(module.shrinkage, '.3e')}"
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -206,12 +245,13 @@ def _ticks(low: float, high: float) -> list[float]:
     return [index * step for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _picture(report: SafeLoraReport, low: float, high: float) -> str:
+def picture(report: Report, low: float, high: float, value: Callable[[Any], float | None]) -> str:
+    """Layers × module kinds, coloured by `value` between `low` and `high`."""
     rows, columns, cells = report.grid()
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         f'<tr><th class="name">{escape(row)}</th>'
-        + "".join(_cell(cells.get((row, column)), low, high) for column in columns)
+        + "".join(_cell(cells.get((row, column)), low, high, value) for column in columns)
         + "</tr>"
         for row in rows
     )
@@ -221,15 +261,16 @@ def _picture(report: SafeLoraReport, low: float, high: float) -> str:
     )
 
 
-def _cell(module: ModuleReport | None, low: float, high: float) -> str:
+def _cell(module: Any, low: float, high: float, value: Callable[[Any], float | None]) -> str:
     if module is None:
         return "<td></td>"
     title = escape(f"{module.name}: {module.decision}{f', {module.reason}' if module.reason else ''}", quote=True)
-    if module.cosine is None:
+    number = value(module)
+    if number is None:
         return f'<td title="{title}">–</td>'
-    colour, ink = _colour((module.cosine - low) / (high - low) if high > low else 0.5)
+    colour, ink = _colour((number - low) / (high - low) if high > low else 0.5)
     mark = ' class="projected"' if module.decision == "projected" else ""
-    return f'<td{mark} title="{title}" style="background:{colour};color:{ink}">{module.cosine:.3f}</td>'
+    return f'<td{mark} title="{title}" style="background:{colour};color:{ink}">{number:.3f}</td>'
 
 
 def _colour(position: float) -> tuple[str, str]:
@@ -264,7 +305,7 @@ def _number(value: float | None, spec: str) -> str:
     return "–" if value is None else format(value, spec)
 
 
-def _skips(report: SafeLoraReport) -> str:
+def _skips(report: Any) -> str:
     if not report.passed_through:
         return ""
     names = "".join(f"<li><code>{escape(name)}</code></li>" for name in report.passed_through)
@@ -272,7 +313,7 @@ def _skips(report: SafeLoraReport) -> str:
     return f"<details><summary>{summary}</summary><ul>{names}</ul></details>"
 
 
-def _provenance(report: SafeLoraReport) -> str:
+def _provenance(report: Any) -> str:
     groups = chain(report.inputs.items(), (("options", report.options), ("versions", report.versions)))
     rows = "".join(
         f'<tr><td class="name">{escape(name)}</td><td class="hash">{escape(value)}</td></tr>'

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter import _MUTATING_INITS, Adapter, LoraModule, _check_kind, _classify
+from .adapter import _MUTATING_INITS, PROJECTED, Adapter, LoraModule, Mark, _check_kind, _classify
 from .checkpoint import Checkpoint, Header, TensorInfo
 from .errors import SafeLoraError
 from .stream import dtype_name
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 MEMORY = Path("<memory>")
 _WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
-MARK = "_safelora_projected"
 # Variants whose update is s·B·A (of MonteCLoRA its mean; aLoRA's is switched on by tokens).
 _VARIANTS = ("ALora", "Velora", "Monteclora", "MiCA")
 # Relative error ‖W_quantised − W‖/‖W‖ of Gaussian weights: nf4 in blocks of 64; int8 by rows.
@@ -93,7 +92,9 @@ def chosen_adapter(model: Any, name: str | None) -> str:
     return str(active[0])
 
 
-def inventory(model: Any, name: str, allow_projected: bool) -> tuple[Adapter, dict[str, Any], dict[str, Any]]:
+def inventory(
+    model: Any, name: str, allow_projected: bool, mark: Mark = PROJECTED
+) -> tuple[Adapter, dict[str, Any], dict[str, Any]]:
     """The adapter as it would be read from disk, its parameters by key, and the layer that each belongs to."""
     import peft
     from peft.tuners.lora import LoraLayer
@@ -110,12 +111,9 @@ def inventory(model: Any, name: str, allow_projected: bool) -> tuple[Adapter, di
                 f"adapter {other!r} was initialised with {init!r}, which changed the model's weights: they are no "
                 "longer those of the aligned model. Use project_adapter on what was saved, or load it without that one."
             )
-    marked = hasattr(model.peft_config[name], MARK)
+    marked = hasattr(model.peft_config[name], mark.attribute)
     if marked and not allow_projected:
-        raise SafeLoraError(
-            f"adapter {name!r} has been projected already. Projecting twice shrinks the update twice; undo the first, "
-            "or say so explicitly (allow_projected=True)."
-        )
+        raise mark.refusal(f"adapter {name!r} has been {mark.done} already", "undo the first")
     parameters: dict[str, Any] = {}
     layers: dict[str, Any] = {}
     for path, layer in model.base_model.model.named_modules():
@@ -143,7 +141,7 @@ def inventory(model: Any, name: str, allow_projected: bool) -> tuple[Adapter, di
     keys = [info.name for module in modules for info in (module.lora_A, module.lora_B)]
     _check_factors({key: parameters[key] for key in keys})
     if marked:
-        warnings.append("The adapter had been projected before; its update is shrunk a second time.")
+        warnings.append(f"The adapter had been {mark.done} before; its update is shrunk a second time.")
     header = Header(label, 0, 0, "", {}, tensors)
     adapter = Adapter(str(label), label, label, config, modules, passed_through, warnings, header, None)
     return adapter, {key: parameters[key] for key in keys}, layers

@@ -6,11 +6,12 @@ import dataclasses
 import json
 import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .adapter import natural_key
+from .adapter import PROJECTED, Mark, natural_key
 from .errors import SafeLoraError
 
 if TYPE_CHECKING:
@@ -53,13 +54,134 @@ class ModuleReport:
     reason: str | None = None
 
 
+class Report:
+    """What the reports of all methods have in common: files, and the layers as rows and columns."""
+
+    mark: ClassVar[Mark]
+    modules: list[Any]
+    dry_run: bool
+    warnings: list[str]
+
+    @property
+    def changed(self) -> list[Any]:
+        """The modules that were changed (would be, in a dry run)."""
+        raise NotImplementedError
+
+    def card(self) -> tuple[dict[str, Any], str, str]:
+        """What the model card gets: values for its front matter, and heading and text of a section."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """One or two sentences for a person."""
+        raise NotImplementedError
+
+    def table(self) -> rich.table.Table:
+        """A rich table with one row per module."""
+        raise NotImplementedError
+
+    def page(self) -> str:
+        """The report as one self-contained HTML page."""
+        raise NotImplementedError
+
+    def plot(self) -> Figure:
+        """The per-layer picture as a matplotlib figure. Raises RuntimeError when matplotlib is not installed."""
+        raise NotImplementedError
+
+    def to_json(self) -> str:
+        """The report as indented JSON (strict: no NaN)."""
+        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write .json, .html or .png, by the suffix of `path`. Raises SafeLoraError for any other suffix."""
+        writers = {".json": self.save_json, ".html": self.save_html, ".png": self.save_png}
+        suffix = Path(path).suffix.lower()
+        if suffix not in writers:
+            raise SafeLoraError(f"cannot tell the format of report {os.fspath(path)}: end it in {', '.join(SUFFIXES)}.")
+        writers[suffix](path)
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained page: summary, per-layer picture, table, inputs. Needs no other package."""
+        Path(path).write_text(self.page(), encoding="utf-8")
+
+    def save_png(self, path: str | os.PathLike[str]) -> None:
+        """Write the per-layer picture. Needs matplotlib."""
+        self.plot().savefig(path, format="png", dpi=150, bbox_inches="tight")
+
+    def heat_map(
+        self,
+        panels: Sequence[tuple[str, Callable[[Any], float | None]]],
+        title: str,
+        framed: Callable[[Any], bool] = lambda module: False,
+    ) -> Figure:
+        """Layers × module kinds, a panel for each (label, value of a module), as a matplotlib figure."""
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+            from matplotlib.patches import Rectangle
+        except ImportError as error:
+            raise RuntimeError(
+                "the picture needs matplotlib, which is not installed: pip install matplotlib, or ask for .html."
+            ) from error
+        rows, columns, cells = self.grid()
+        figure = Figure(figsize=((2.5 + 0.9 * len(columns)) * len(panels), 1.6 + 0.28 * len(rows)))
+        FigureCanvasAgg(figure)
+        for index, (label, value) in enumerate(panels):
+            axes = figure.add_subplot(1, len(panels), index + 1)
+            found = {place: value(module) for place, module in cells.items()}
+            numbers = [[found.get((row, column)) for column in columns] for row in rows]
+            shown = [[float("nan") if number is None else number for number in line] for line in numbers]
+            image = axes.imshow(shown, aspect="auto", cmap="viridis", interpolation="nearest")
+            for (row, column), module in cells.items():
+                x, y = columns.index(column), rows.index(row)
+                if framed(module):
+                    frame = Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="red", linewidth=1.6)
+                    axes.add_patch(frame)
+                elif found[row, column] is None:
+                    axes.text(x, y, "–", ha="center", va="center")
+            axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+            axes.set_yticks(range(len(rows)), rows)
+            axes.set_ylabel("layer")
+            figure.colorbar(image, ax=axes, label=label)
+            if not index:
+                axes.set_title(title, fontsize=10)
+        return figure
+
+    def grid(self) -> tuple[list[str], list[str], dict[tuple[str, str], Any]]:
+        """Rows (layers), columns (module kinds) and the module in each cell.
+
+        The row of a module is its name up to and including the last index ("model.layers.3"), shortened to the index
+        where that is unambiguous; the column is the rest of its name.
+        """
+        places = {}
+        for module in self.modules:
+            found = list(_LAYER_INDEX.finditer(module.name))
+            cut = found[-1].end(1) if found else 0
+            places[module.name] = (module.name[:cut], module.name[cut:].lstrip("."))
+        stems = {row.rpartition(".")[0] for row, _ in places.values() if row}
+        if len(stems) == 1:
+            places = {name: (row.rpartition(".")[2], column) for name, (row, column) in places.items()}
+        cells = {(places[module.name][0] or "–", places[module.name][1]): module for module in self.modules}
+        rows = sorted({row for row, _ in cells}, key=natural_key)
+        columns = list(dict.fromkeys(column for _, column in cells))
+        return rows, columns, cells
+
+
 @dataclass(frozen=True)
-class SafeLoraReport:
+class SafeLoraReport(Report):
     """The outcome of :func:`safelora.project_adapter`; also written as safelora_report.json beside the adapter.
 
     pdst is the authors' diagnostic: the mean over the measured modules of 1/(1 + ‖B_final − C·B‖_F).
     """
 
+    mark = PROJECTED
     modules: list[ModuleReport]
     options: dict[str, Any]
     inputs: dict[str, Any]
@@ -74,6 +196,10 @@ class SafeLoraReport:
     def projected(self) -> list[ModuleReport]:
         """The modules whose lora_B was replaced (would be, in a dry run)."""
         return [module for module in self.modules if module.decision == "projected"]
+
+    @property
+    def changed(self) -> list[ModuleReport]:
+        return self.projected
 
     @property
     def near_threshold(self) -> list[ModuleReport]:
@@ -91,14 +217,34 @@ class SafeLoraReport:
             text += f"; {len(self.near_threshold)} within {COSINE_ERROR:g} of the cut"
         return f"{text}." + (f" Written to {self.output}." if self.output else "")
 
+    def card(self) -> tuple[dict[str, Any], str, str]:
+        values = {
+            "projected": len(self.projected),
+            "modules": len(self.modules),
+            "base": self.inputs["base"]["source"],
+            "aligned": self.inputs["aligned"]["source"],
+            **{key: self.options[key] for key in ("threshold", "num_layers", "rule", "normalize")},
+        }
+        what = "The weight" if "model" in self.inputs else "`lora_B`"
+        count = f"{len(self.projected)} of {len(self.modules)}"
+        return (
+            values,
+            "Safe LoRA",
+            (
+                f"{what} of {count} modules was projected onto the alignment subspace "
+                f"(Safe LoRA, arXiv 2405.16833). `{self.mark.report}` has the details. Do not project it again."
+            ),
+        )
+
+    def page(self) -> str:
+        from .page import render
+
+        return render(self)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
         content = dataclasses.asdict(self)
         return {"format": "safelora-report/1", "num_projected": len(self.projected), **content}
-
-    def to_json(self) -> str:
-        """The report as indented JSON (strict: no NaN)."""
-        return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SafeLoraReport:
@@ -138,81 +284,16 @@ class SafeLoraReport:
             )  # fmt: skip
         return table
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write .json, .html or .png, by the suffix of `path`. Raises SafeLoraError for any other suffix."""
-        writers = {".json": self.save_json, ".html": self.save_html, ".png": self.save_png}
-        suffix = Path(path).suffix.lower()
-        if suffix not in writers:
-            raise SafeLoraError(f"cannot tell the format of report {os.fspath(path)}: end it in {', '.join(SUFFIXES)}.")
-        writers[suffix](path)
-
-    def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
-
-    def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one self-contained page: summary, per-layer picture, table, inputs. Needs no other package."""
-        from .page import render
-
-        Path(path).write_text(render(self), encoding="utf-8")
-
-    def save_png(self, path: str | os.PathLike[str]) -> None:
-        """Write the per-layer picture. Needs matplotlib."""
-        self.plot().savefig(path, format="png", dpi=150, bbox_inches="tight")
-
     def plot(self) -> Figure:
         """Layers × module kinds coloured by cosine, projected modules framed, as a matplotlib figure.
 
         Raises RuntimeError when matplotlib is not installed.
         """
-        try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
-            from matplotlib.figure import Figure
-            from matplotlib.patches import Rectangle
-        except ImportError as error:
-            raise RuntimeError(
-                "the picture needs matplotlib, which is not installed: pip install matplotlib, or ask for .html."
-            ) from error
-        rows, columns, cells = self.grid()
-        figure = Figure(figsize=(2.5 + 0.9 * len(columns), 1.6 + 0.28 * len(rows)))
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        values = [
-            [module.cosine if (module := cells.get((row, column))) and module.cosine is not None else float("nan")
-             for column in columns] for row in rows
-        ]  # fmt: skip
-        image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
-        for (row, column), module in cells.items():
-            x, y = columns.index(column), rows.index(row)
-            if module.decision == "projected":
-                axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="red", linewidth=1.6))
-            elif module.cosine is None:
-                axes.text(x, y, "–", ha="center", va="center")
-        axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
-        axes.set_yticks(range(len(rows)), rows)
-        axes.set_ylabel("layer")
-        axes.set_title(f"{len(self.projected)} of {len(self.modules)} modules projected (framed)", fontsize=10)
-        figure.colorbar(image, ax=axes, label="cosine of the update and its projection")
-        return figure
-
-    def grid(self) -> tuple[list[str], list[str], dict[tuple[str, str], ModuleReport]]:
-        """Rows (layers), columns (module kinds) and the module in each cell.
-
-        The row of a module is its name up to and including the last index ("model.layers.3"), shortened to the index
-        where that is unambiguous; the column is the rest of its name.
-        """
-        places = {}
-        for module in self.modules:
-            found = list(_LAYER_INDEX.finditer(module.name))
-            cut = found[-1].end(1) if found else 0
-            places[module.name] = (module.name[:cut], module.name[cut:].lstrip("."))
-        stems = {row.rpartition(".")[0] for row, _ in places.values() if row}
-        if len(stems) == 1:
-            places = {name: (row.rpartition(".")[2], column) for name, (row, column) in places.items()}
-        cells = {(places[module.name][0] or "–", places[module.name][1]): module for module in self.modules}
-        rows = sorted({row for row, _ in cells}, key=natural_key)
-        columns = list(dict.fromkeys(column for _, column in cells))
-        return rows, columns, cells
+        return self.heat_map(
+            [("cosine of the update and its projection", lambda module: module.cosine)],
+            f"{len(self.projected)} of {len(self.modules)} modules projected (framed)",
+            lambda module: module.decision == "projected",
+        )
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from ..report import SafeLoraReport
+    from ..report import Report
 
 EPILOG = """\
 examples:
@@ -115,7 +115,7 @@ def check_reports(paths: Sequence[str]) -> None:
             raise SafeLoraError(f"--report {path} needs matplotlib: pip install matplotlib, or ask for .html.")
 
 
-def finish(arguments: argparse.Namespace, report: SafeLoraReport) -> int:
+def finish(arguments: argparse.Namespace, report: Report) -> int:
     for path in arguments.report:
         report.save(path)
     if arguments.json:
@@ -125,7 +125,7 @@ def finish(arguments: argparse.Namespace, report: SafeLoraReport) -> int:
     return 0
 
 
-def show(report: SafeLoraReport) -> None:
+def show(report: Report) -> None:
     if report.dry_run:
         print_table(report.table())
         return
