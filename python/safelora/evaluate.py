@@ -145,10 +145,9 @@ def outcome_table(outcomes: Sequence[Outcome], title: str, notes: Sequence[str])
     table.add_column("", overflow="fold")
     shown = [name for name in HEADINGS if any(name in outcome.metrics for outcome in outcomes)]
     for name in shown:
-        table.add_column(HEADINGS[name], justify="right")
+        table.add_column(f"{HEADINGS[name]}\nn={len(outcomes[0].outcomes[name])}", justify="right")
     for outcome in outcomes:
-        cells = (outcome.metrics.get(name) for name in shown)
-        table.add_row(outcome.label, *("–" if cell is None else f"{cell} n={cell.total}" for cell in cells))
+        table.add_row(outcome.label, *map(str, (outcome.metrics.get(name, "–") for name in shown)))
     return table
 
 

@@ -352,7 +352,7 @@ def test_tables_and_errors_of_the_command(tiny, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty.txt").write_text("\n")
     bad = str(tmp_path / "a.txt")
     assert main(["evaluate", tiny.aligned, "--safety", bad, "--metrics", "fast"]) == 0
-    assert BARE in (out := capsys.readouterr().out) and "greedy" in out and "n=2" in out
+    assert BARE in (out := capsys.readouterr().out) and "greedy ASR" in out and "n=2" in out
     assert main(["evaluate", tiny.aligned, "--safety", bad, "--metrics", "fast", "--quiet"]) == 0
     assert capsys.readouterr().out == ""
     taken = tmp_path / "taken"
