@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from .adapter import LoraModule
     from .full import FullTensor
-    from .measure import Pair, Source, Target
+    from .mapping import PlannedModule
+    from .measure import Measured, Pair, Source, Target
 
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
@@ -197,6 +198,50 @@ class Kept:
     def written(self, name: str) -> torch.Tensor:
         """A tensor as it was last written."""
         return self._tensors.get(name, self._source.read(name))
+
+
+class Spilled:
+    """Projected tensors in a temporary file (binary, unbuffered), where they would not fit into memory together."""
+
+    def __init__(self, source: Source, file: Any) -> None:
+        self._source = source
+        self._file = file
+        self._places: dict[str, int] = {}
+        self._end = 0
+
+    def replace(self, name: str, tensor: torch.Tensor) -> None:
+        """Overwrite a tensor; its size is that of the source's."""
+        from .adapter import tensor_bytes
+        from .output import write_all
+
+        data = tensor_bytes(tensor)
+        if name not in self._places:
+            self._places[name] = self._end
+            self._end += len(data)
+        self._file.seek(self._places[name])
+        write_all(self._file, data)
+
+    def written(self, name: str) -> torch.Tensor:
+        """A tensor as it was last written."""
+        import torch
+
+        from .adapter import tensor_bytes
+
+        original = self._source.read(name)
+        if name not in self._places:
+            return original
+        tensor = torch.empty_like(original, memory_format=torch.contiguous_format)
+        self._file.seek(self._places[name])
+        room = tensor_bytes(tensor)
+        while room and (count := self._file.readinto(room)):
+            room = room[count:]
+        return tensor
+
+
+def together(ranks: Ranks, plan: Sequence[PlannedModule], mine: dict[str, Measured]) -> dict[str, Measured]:
+    """What all ranks have measured, in the order of the plan; a collective call."""
+    found = {name: result for part in ranks.gather(mine) for name, result in part.items()}
+    return {entry.module.name: found[entry.module.name] for entry in plan if entry.module.name in found}
 
 
 def collect(ranks: Ranks, shares: Sequence[Sequence[Pair]], selected: set[str], source: Source, target: Target) -> None:

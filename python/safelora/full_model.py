@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from .adapter import REPORT_FILE, natural_key
 from .checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo, read_json
+from .decision import check_options, decide, refuse_equal_models
+from .distributed import Ranks, Spilled, collect, collective, modules_of, share, together
 from .errors import SafeLoraError
 from .experts import find_stack
 from .fp8 import check_pair, is_fp8
@@ -20,9 +23,8 @@ from .mapping import PlannedModule, conv1d, locate
 from .measure import Rewriter, batches_of, measure, pairs_of
 from .naming import EMBEDDINGS
 from .output import StagedModel, check_target
-from .project import READ_AHEAD_BYTES, _check_options, _module_reports, _pdst, _select, _versions
 from .report import SafeLoraReport
-from .stream import ReadAhead, map_range, to_tensor
+from .stream import READ_AHEAD_BYTES, ReadAhead, map_range, to_tensor
 from .weights import WeightMatch
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class _Model(NamedTuple):
         return info.file
 
 
+@collective
 def project_model(
     model: str | os.PathLike[str],
     base: str | os.PathLike[str],
@@ -65,6 +68,7 @@ def project_model(
     revision_base: str | None = None,
     revision_aligned: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> SafeLoraReport:
     """Apply Safe LoRA's rule to a model that was fine-tuned in full, and write a new checkpoint to `out`.
 
@@ -84,7 +88,9 @@ def project_model(
         overwrite: replace an earlier output of this function at `out`.
         allow_projected: accept a model that was projected before.
         local_files_only, revision, revision_base, revision_aligned: for inputs given as repository ids.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, bytes in all), of this rank.
+        ranks: the processes that share the work, as in :func:`safelora.project_adapter`. Until rank 0 has fetched them,
+            the others keep what they have projected in a temporary file (beside `out` where that directory exists).
 
     Returns:
         The report, also written to `out`/safelora_report.json.
@@ -95,7 +101,8 @@ def project_model(
 
     Source: Safe LoRA, arXiv 2405.16833, with the update of a full fine-tune in the place of B·A.
     """
-    options = _check_options(threshold, num_layers, rule, normalize)
+    ranks = ranks or Ranks()
+    options = check_options(threshold, num_layers, rule, normalize)
     options.update({"include": include, "exclude": exclude})
     tuned, base_model, aligned_model = (
         Checkpoint.open(source, revision=version, local_files_only=local_files_only)
@@ -125,43 +132,48 @@ def project_model(
         if out is None:
             raise SafeLoraError("give an output directory (out), or ask for a dry run.")
         target = Path(out).expanduser().resolve()
-        check_target(target, roots[0], roots[1:], sum(header.file_size for header in tuned.headers), overwrite)
+        if ranks.rank == 0:
+            check_target(target, roots[0], roots[1:], sum(header.file_size for header in tuned.headers), overwrite)
 
     source = _Model(tuned)
-    batches = batches_of(pairs_of(plan))
+    headers = [*tuned.headers, *base_model.headers, *aligned_model.headers]
+    files = [(header.file_size, header.sha256) for header in headers]
+    ranks.same((options, dry_run, files), "the options or the models")
+    shares = share(pairs_of(plan), ranks.size)
+    batches = batches_of(shares[ranks.rank])
     with ExitStack() as stack:
         stream = stack.enter_context(
             ReadAhead([[info for pair in batch for info in pair.tensors] for batch in batches], READ_AHEAD_BYTES)
         )
-        staged = stack.enter_context(StagedModel(target, tuned)) if target is not None else None
+        staged = stack.enter_context(StagedModel(target, tuned)) if target and ranks.rank == 0 else None
+        writer: StagedModel | Spilled | None = staged
+        if target and staged is None:
+            beside = target.parent if target.parent.is_dir() else None
+            writer = Spilled(source, stack.enter_context(TemporaryFile(dir=beside, buffering=0)))
         pool = stack.enter_context(ThreadPoolExecutor(1, "safelora-copy"))
         ready = pool.submit(staged.copy_input if staged else lambda: None)
-        rewriter = Rewriter(source, staged, plan)
-        measured = measure(source, batches, stream, normalize, rewriter, ready, progress)
-        if all(result.v_norm == 0 for result in measured.values()):
-            raise SafeLoraError(
-                f"base ({base_model.source}) and aligned ({aligned_model.source}) hold the same weights: V = 0, there "
-                "is no alignment to project onto. Is one of them the wrong model?"
-            )
-        selected = _select(plan, measured, options)
+        own = {module.name for module in modules_of(shares[ranks.rank])}
+        rewriter = Rewriter(source, writer, [planned for planned in plan if planned.module.name in own])
+        measured = together(ranks, plan, measure(source, batches, stream, normalize, rewriter, ready, progress))
+        refuse_equal_models(measured, base_model, aligned_model)
+        selected, outcome = decide(plan, measured, options)
         ready.result()
         report = SafeLoraReport(
-            modules=_module_reports(plan, measured, selected, options),
-            options=options,
+            **outcome,
             inputs={
                 "model": tuned.fingerprint(),
                 "base": base_model.fingerprint(),
                 "aligned": aligned_model.fingerprint(),
             },
-            versions=_versions(),
             output=str(target) if target else None,
             dry_run=dry_run,
-            pdst=_pdst(measured, selected),
             passed_through=left,
             warnings=warnings,
         )
-        if staged is not None:
+        if writer is not None:
             rewriter.restore(measured, selected)
+            collect(ranks, shares, selected, source, writer)
+        if staged is not None:
             staged.commit(report)
     return report
 

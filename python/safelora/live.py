@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .adapter import PROJECTED, REPORT_FILE, LoraModule, Mark, tensor_bytes
 from .card import mark_card
 from .checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
+from .decision import check_options, decide
 from .distributed import Kept, Ranks, modules_of, process_group, share
 from .errors import SafeLoraError
 from .full import FullTensor
@@ -40,9 +41,8 @@ from .peft_model import (
     weight_of,
     whole,
 )
-from .project import READ_AHEAD_BYTES, _check_options, _module_reports, _pdst, _select, _versions
 from .report import SafeLoraReport
-from .stream import MappedRange, ReadAhead
+from .stream import READ_AHEAD_BYTES, MappedRange, ReadAhead
 from .weights import Difference, Normalize, OpenWeight, Stored, WeightMatch
 
 if TYPE_CHECKING:
@@ -351,7 +351,7 @@ class _Job:
         revision_aligned: str | None = None,
     ) -> None:
         """Refuse everything that can be refused before any weight is read."""
-        self.options = _check_options(threshold, num_layers, rule, normalize)
+        self.options = check_options(threshold, num_layers, rule, normalize)
         self.normalize = normalize
         self.adapter_name = chosen_adapter(self.model, adapter_name)
         self.adapter, self.parameters, self.layers = inventory(self.model, self.adapter_name, allow_projected)
@@ -406,7 +406,7 @@ class _Job:
                     f"the model and the base ({self.base['source']}) hold the same weights in every adapted module: "
                     "V = 0, there is no alignment to project onto. Is the base the wrong model?"
                 )
-            selected = _select(self.plan, measured, self.options)
+            selected, outcome = decide(self.plan, measured, self.options)
             changes = _Changes(self.model, self.adapter_name)
             if not dry_run and selected:
                 rewriter.restore(measured, selected)
@@ -414,8 +414,7 @@ class _Job:
                 changes.apply()
         return LiveReport(
             changes=changes,
-            modules=_module_reports(self.plan, measured, selected, self.options),
-            options=self.options,
+            **outcome,
             inputs={
                 "adapter": {
                     "source": f"adapter {self.adapter_name!r} of a model in memory",
@@ -424,9 +423,7 @@ class _Job:
                 "base": self.base,
                 "aligned": self.aligned,
             },
-            versions=_versions(),
             dry_run=dry_run,
-            pdst=_pdst(measured, selected),
             passed_through=self.adapter.passed_through,
             warnings=self.warnings + self._rounding_warnings(measured, norms),
         )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,18 +11,16 @@ from typing import Any, Literal
 
 from .adapter import CONFIG_FILE, Adapter, passed_through_warning
 from .checkpoint import Checkpoint
-from .distributed import Kept, Ranks, collect, collective, modules_of, share
+from .decision import check_options, decide, refuse_equal_models
+from .distributed import Kept, Ranks, collect, collective, modules_of, share, together
 from .errors import SafeLoraError
 from .fp8 import check_pair
 from .full import plan_full
-from .mapping import PlannedModule, plan_modules
-from .measure import Measured, Rewriter, batches_of, measure, pairs_of
+from .mapping import plan_modules
+from .measure import Rewriter, batches_of, measure, pairs_of
 from .output import StagedAdapter, check_target, copy_and_hash
-from .report import COSINE_ERROR, ModuleReport, SafeLoraReport
-from .stream import ReadAhead
-
-READ_AHEAD_BYTES = 384 << 20
-_ROUNDING = 5e-6  # half a unit of the authors' fifth decimal
+from .report import SafeLoraReport
+from .stream import READ_AHEAD_BYTES, ReadAhead
 
 
 @collective
@@ -84,7 +80,7 @@ def project_adapter(
         OSError: when writing fails; no output is left behind.
     """
     ranks = ranks or Ranks()
-    options = _check_options(threshold, num_layers, rule, normalize)
+    options = check_options(threshold, num_layers, rule, normalize)
     if modules_to_save not in ("keep", "project"):
         raise SafeLoraError(f"modules_to_save is {modules_to_save!r}, expected 'keep' or 'project'.")
     if modules_to_save == "project":
@@ -136,18 +132,11 @@ def project_adapter(
         digest = pool.submit(_copy, source, staged, ranks)
         own = {module.name for module in modules_of(shares[ranks.rank])}
         rewriter = Rewriter(source, writer, [planned for planned in plan if planned.module.name in own])
-        parts = ranks.gather(measure(source, batches, stream, normalize, rewriter, digest, progress))
-        found = {name: result for part in parts for name, result in part.items()}
-        measured = {entry.module.name: found[entry.module.name] for entry in plan if entry.module.name in found}
-        if all(result.v_norm == 0 for result in measured.values()):
-            raise SafeLoraError(
-                f"base ({base_model.source}) and aligned ({aligned_model.source}) hold the same weights in every "
-                "adapted module: V = 0, there is no alignment to project onto. Is one of them the wrong model?"
-            )
-        selected = _select(plan, measured, options)
+        measured = together(ranks, plan, measure(source, batches, stream, normalize, rewriter, digest, progress))
+        refuse_equal_models(measured, base_model, aligned_model)
+        selected, outcome = decide(plan, measured, options)
         report = SafeLoraReport(
-            modules=_module_reports(plan, measured, selected, options),
-            options=options,
+            **outcome,
             inputs={
                 "adapter": {
                     "source": source.source,
@@ -158,10 +147,8 @@ def project_adapter(
                 "base": base_model.fingerprint(),
                 "aligned": aligned_model.fingerprint(),
             },
-            versions=_versions(),
             output=str(target) if target else None,
             dry_run=dry_run,
-            pdst=_pdst(measured, selected),
             passed_through=passed_through,
             warnings=warnings,
         )
@@ -218,22 +205,6 @@ def project_adapters(
     }
 
 
-def _check_options(threshold: float | None, num_layers: int | None, rule: str, normalize: str) -> dict[str, Any]:
-    if (threshold is None) == (num_layers is None):
-        raise SafeLoraError("give exactly one criterion: threshold or num_layers.")
-    if threshold is not None and (
-        isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold)
-    ):
-        raise SafeLoraError(f"threshold is {threshold!r}, expected a finite number (cosines lie in [0, 1]).")
-    if num_layers is not None and (isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 0):
-        raise SafeLoraError(f"num_layers is {num_layers!r}, expected an integer of at least 0.")
-    if rule not in ("strict", "authors"):
-        raise SafeLoraError(f"rule is {rule!r}, expected 'strict' or 'authors'.")
-    if normalize not in ("frobenius", "none"):
-        raise SafeLoraError(f"normalize is {normalize!r}, expected 'frobenius' or 'none'.")
-    return {"threshold": threshold, "num_layers": num_layers, "rule": rule, "normalize": normalize}
-
-
 def _model_warnings(adapter: Adapter, base: Checkpoint, aligned: Checkpoint) -> list[str]:
     trained_on, before, after = (
         (name or "").rstrip("/").rpartition("/")[2] for name in (adapter.base_model, base.source, aligned.source)
@@ -245,79 +216,3 @@ def _model_warnings(adapter: Adapter, base: Checkpoint, aligned: Checkpoint) -> 
             f"The adapter says it was trained on {adapter.base_model}, which was given as base, not as aligned."
         )
     return warnings
-
-
-def _select(plan: Sequence[PlannedModule], measured: dict[str, Measured], options: dict[str, Any]) -> set[str]:
-    import torch
-
-    import safelora_kernels as sk
-
-    names = [planned.module.name for planned in plan if planned.module.name in measured]
-    cosines = [math.nan if measured[name].kept_because(options["rule"]) else measured[name].cosine for name in names]
-    chosen = sk.select_layers(
-        torch.tensor(cosines, dtype=torch.float64),
-        threshold=options["threshold"],
-        num_layers=options["num_layers"],
-        rule=options["rule"],
-    )
-    return {name for name, taken in zip(names, chosen.tolist(), strict=True) if taken}
-
-
-def _module_reports(
-    plan: Sequence[PlannedModule], measured: dict[str, Measured], selected: set[str], options: dict[str, Any]
-) -> list[ModuleReport]:
-    rule = options["rule"]
-    cosines = {
-        name: result.cosine
-        for name, result in measured.items()
-        if result.cosine is not None and not result.kept_because(rule)
-    }
-    highest_taken = max((cosine for name, cosine in cosines.items() if name in selected), default=None)
-    lowest_left = min((cosine for name, cosine in cosines.items() if name not in selected), default=None)
-    tolerance = COSINE_ERROR * (1 if options["threshold"] is not None else 2)
-    tolerance += _ROUNDING if rule == "authors" else 0.0
-    reports = []
-    for planned in plan:
-        module = planned.module
-        result = measured.get(module.name)
-        boundary = options["threshold"]
-        if boundary is None:
-            boundary = lowest_left if module.name in selected else highest_taken
-        cosine = cosines.get(module.name)
-        margin = None if cosine is None or boundary is None else cosine - boundary
-        reports.append(
-            ModuleReport(
-                name=module.name,
-                kind=module.kind,
-                rank=module.rank,
-                shape=(module.d_out, module.d_in),
-                base_tensor=planned.base.info.name if planned.base else None,
-                aligned_tensor=planned.aligned.info.name if planned.aligned else None,
-                matched=planned.aligned.how if planned.aligned else None,
-                decision="skipped" if result is None else "projected" if module.name in selected else "kept",
-                cosine=result.cosine if result else None,
-                margin=margin,
-                near_threshold=margin is not None and abs(margin) <= tolerance,
-                shrinkage=result.shrinkage if result else None,
-                v_norm=result.v_norm if result else None,
-                reason=result.kept_because(rule) if result else planned.skipped,
-            )
-        )
-    return reports
-
-
-def _pdst(measured: dict[str, Measured], selected: set[str]) -> float | None:
-    values = [
-        1.0 if name in selected else 1 / (1 + result.distance)
-        for name, result in measured.items()
-        if result.cosine is not None
-    ]
-    return sum(values) / len(values) if values else None
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    import safelora_kernels as sk
-
-    return {"safelora": sk.__version__, "torch": str(torch.__version__), "python": platform.python_version()}

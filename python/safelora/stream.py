@@ -22,6 +22,7 @@ from .errors import SafeLoraError
 if TYPE_CHECKING:
     import torch
 
+READ_AHEAD_BYTES = 384 << 20
 _MADV_POPULATE_READ = 22
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",

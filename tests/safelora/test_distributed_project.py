@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from safelora import SafeLoraError, distributed, measure, project, stream
+from safelora import SafeLoraError, distributed, full_model, measure, project, stream
 from safelora.adapter import LoraModule
 from safelora.checkpoint import TensorInfo
-from safelora.distributed import PeerError, Ranks, assign, launched, share
+from safelora.distributed import PeerError, Ranks, Spilled, assign, launched, share
+from safelora.full_model import project_model
 from safelora.measure import Pair
 from safelora.project import project_adapter
 from safelora.weights import Stored, WeightMatch
@@ -33,13 +34,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "everything": {"threshold": 1, "modules_to_save": "project"},
     "nothing": {"threshold": -1},
 }
+MODEL_RUNS: dict[str, dict[str, Any]] = {
+    "model": {"threshold": 0.9},
+    "some of the model": {"num_layers": 9, "exclude": "lm_head"},
+}
 
 
 def inputs(root: Path) -> None:
-    """A base, an aligned model and two adapters: one plain, one with a whole tensor tuned as well."""
+    """A base, an aligned and a fine-tuned model, and an adapter with a whole tensor tuned as well."""
     base = llama_tensors(layers=LAYERS)
     write_checkpoint(root / "base", base, shards=3)
     write_checkpoint(root / "aligned", shifted(base), shards=2)
+    write_checkpoint(root / "tuned", shifted(shifted(base), seed=4), shards=2)
     given = factors(
         {f"model.layers.{n}.self_attn.{name}": shape for n in range(LAYERS) for name, shape in SHAPES.items()}
     )
@@ -54,6 +60,10 @@ def run(root: Path, out: Path | None, ranks: Ranks | None = None, base: str = "b
     return project_adapter(root / "adapter", root / base, root / "aligned", out, ranks=ranks, **options)
 
 
+def run_model(root: Path, out: Path, ranks: Ranks | None = None, base: str = "base", **options: Any) -> Any:
+    return project_model(root / "tuned", root / base, root / "aligned", out, ranks=ranks, **options)
+
+
 def scenarios(root: Path, ranks: Ranks) -> dict[str, Any]:
     """Every scenario on one of the ranks."""
     read: list[str] = []
@@ -65,9 +75,10 @@ def scenarios(root: Path, ranks: Ranks) -> dict[str, Any]:
 
     stream.map_range = recorded
     results: dict[str, Any] = {}
-    for name, options in RUNS.items():
+    for name, options in (RUNS | MODEL_RUNS).items():
         read.clear()
-        results[name] = run(root, root / "shared" / name, ranks, **options).to_dict()
+        work = run_model if name in MODEL_RUNS else run
+        results[name] = work(root, root / "shared" / name, ranks, **options).to_dict()
         results[f"{name} read"] = list(read)
     results["dry run"] = run(root, None, ranks, threshold=0.9, dry_run=True).to_dict()
 
@@ -76,11 +87,12 @@ def scenarios(root: Path, ranks: Ranks) -> dict[str, Any]:
         "NaN": {"base": "broken", "threshold": 1},
         "other options": {"num_layers": 2 + ranks.rank},
         "taken": {"threshold": 1, "out": root / "shared" / "nothing"},
+        "model, NaN": {"base": "broken", "threshold": 1},
     }
     for name, options in failures.items():
         out = options.pop("out", root / "failed")
         try:
-            run(root, out, ranks, **options)
+            (run_model if "model" in name else run)(root, out, ranks, **options)
             results[name] = "no error"
         except SafeLoraError as error:
             results[name] = f"{type(error).__name__}: {error}"
@@ -148,8 +160,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(root: Path) -> list[dict[str, Any]]:
     """What both ranks found, after everything was also done by one process."""
-    for name, options in RUNS.items():
-        run(root, root / "alone" / name, **options)
+    for name, options in (RUNS | MODEL_RUNS).items():
+        (run_model if name in MODEL_RUNS else run)(root, root / "alone" / name, **options)
     for status, errors in two_ranks("scenarios", root):
         assert status == 0, errors[-3000:]
     return [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)]
@@ -163,7 +175,7 @@ def contents(directory: Path) -> dict[str, Any]:
     return {**files, "safelora_report.json": report}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", RUNS | MODEL_RUNS)
 def test_two_ranks_write_the_bytes_of_one_process(root, found, name):
     assert contents(root / "shared" / name) == contents(root / "alone" / name)
     assert found[0][name] == found[1][name]
@@ -186,14 +198,43 @@ def test_each_rank_reads_only_its_own_weights(found, name):
     assert min(map(len, models)) >= expected // 3
 
 
+@pytest.mark.parametrize("name", MODEL_RUNS)
+def test_each_rank_reads_only_its_own_weights_of_a_model(found, name):
+    """Of base and aligned; what is selected of the fine-tuned model is read again where it is written."""
+    read = [[tensor for tensor in results[f"{name} read"] if not tensor.startswith("tuned/")] for results in found]
+    assert not set(read[0]) & set(read[1])
+    assert all(len(tensors) == len(set(tensors)) for tensors in read)
+    expected = 2 * (6 * LAYERS + (name == "model"))
+    assert len(read[0]) + len(read[1]) == expected
+    assert min(map(len, read)) >= expected // 3
+
+
+def test_spilled_tensors_come_back(tmp_path):
+    source = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(4, dtype=torch.bfloat16)}
+
+    class Tensors:
+        def read(self, name: str) -> torch.Tensor:
+            return source[name]
+
+    with open(tmp_path / "spill", "xb+", buffering=0) as file:
+        spilled = Spilled(Tensors(), file)  # type: ignore[arg-type]
+        assert torch.equal(spilled.written("b"), source["b"])
+        for factor in (2, 3):
+            for name in "ab":
+                spilled.replace(name, (source[name] + 1) * factor)
+        assert all(torch.equal(spilled.written(name), (source[name] + 1) * 3) for name in "ab")
+        assert file.seek(0, 2) == 6 * 4 + 4 * 2
+
+
 def test_failures_are_raised_on_both_ranks_and_leave_nothing(found):
     first, second = found
     assert first["base missing on rank 1"].startswith("PeerError: rank 1 of 2:")
     assert (
         second["base missing on rank 1"].startswith("SafeLoraError:") and "nowhere" in second["base missing on rank 1"]
     )
-    assert {results["NaN"].split(":")[0] for results in found} == {"PeerError", "SafeLoraError"}
-    assert all("model.layers.4.self_attn.o_proj.weight holds 576 NaN" in results["NaN"] for results in found)
+    for case in ("NaN", "model, NaN"):
+        assert {results[case].split(":")[0] for results in found} == {"PeerError", "SafeLoraError"}
+        assert all("model.layers.4.self_attn.o_proj.weight holds 576 NaN" in results[case] for results in found)
     assert all("do not agree on the options" in results["other options"] for results in found)
     assert first["taken"].startswith("SafeLoraError:") and second["taken"].startswith("PeerError: rank 0 of 2:")
     assert first["disk full"].startswith("OSError") and second["disk full"].startswith("PeerError")
@@ -211,10 +252,10 @@ def test_the_command_under_torchrun(root, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["output"] == str(tmp_path / "out")
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_fails_the_job_and_nothing_is_half_written(root, tmp_path, rank):
+@pytest.mark.parametrize(("command", "rank"), [("project", 0), ("project", 1), ("project-model", 1)])
+def test_a_rank_that_dies_fails_the_job_and_nothing_is_half_written(root, tmp_path, command, rank):
     out = tmp_path / "out"
-    outcomes = two_ranks("die", root, rank, out)
+    outcomes = two_ranks("die", root, rank, out, command)
     assert outcomes[rank][0] == -9 and outcomes[1 - rank][0] == 1 and not out.exists()
     assert "another process of the job ended" in outcomes[1 - rank][1]
     left = list(tmp_path.iterdir())
@@ -222,7 +263,7 @@ def test_a_rank_that_dies_fails_the_job_and_nothing_is_half_written(root, tmp_pa
         assert left == []
     else:  # killed while it held the unfinished output: hidden, and removed by the next run
         assert all(path.name.startswith(".out.safelora-") for path in left)
-    run(root, out, threshold=1)
+    (run if command == "project" else run_model)(root, out, threshold=1)
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -268,7 +309,7 @@ def test_one_process_needs_no_launcher(monkeypatch):
     assert Ranks().gather(3) == [3]
 
 
-def die(root: Path, rank: int, out: Path) -> None:
+def die(root: Path, rank: int, out: Path, command: str) -> None:
     """The command, with a rank that is killed after its first batch."""
     from safelora.cli import main
 
@@ -279,14 +320,15 @@ def die(root: Path, rank: int, out: Path) -> None:
             os.kill(os.getpid(), 9)
         return real(*arguments)
 
-    project.measure = deadly
-    words = ["project", root / "adapter", "--base", root / "base", "--aligned", root / "aligned", "--out", out]
+    project.measure = full_model.measure = deadly
+    source = root / ("adapter" if command == "project" else "tuned")
+    words = [command, source, "--base", root / "base", "--aligned", root / "aligned", "--out", out]
     sys.exit(main([*map(str, words), "--threshold", "1"]))
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[2])
     if sys.argv[1] == "die":
-        die(place, int(sys.argv[3]), Path(sys.argv[4]))
+        die(place, int(sys.argv[3]), Path(sys.argv[4]), sys.argv[5])
     with launched() as present:
         (place / f"rank{present.rank}.json").write_text(json.dumps(scenarios(place, present)))

@@ -85,10 +85,11 @@ def _run_project(arguments: argparse.Namespace) -> int:
 
 
 def _run_project_model(arguments: argparse.Namespace) -> int:
+    from ..distributed import launched
     from ..full_model import project_model
 
     check_reports(arguments.report)
-    with progress_bar(arguments.quiet) as progress:
+    with launched() as ranks, progress_bar(arguments.quiet or ranks.rank > 0) as progress:
         report = project_model(
             arguments.model,
             arguments.base,
@@ -97,6 +98,7 @@ def _run_project_model(arguments: argparse.Namespace) -> int:
             include=arguments.include,
             exclude=arguments.exclude,
             progress=progress,
+            ranks=ranks,
             **rule_options(arguments),
         )
-    return finish(arguments, report)
+    return finish(arguments, report) if ranks.rank == 0 else 0
