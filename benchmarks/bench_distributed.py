@@ -1,13 +1,11 @@
-"""`project_adapter` over two ranks of one thread each against one, and what the same division gives on many nodes.
+"""`project_adapter` over two ranks of one thread each against one.
 
-Measured: a pair of checkpoints (bf16, sharded, in the page cache) and an adapter are generated in a temporary directory
-and projected by one process and by two, interleaved; the outputs have to be equal byte by byte. Times are those of the
-call in the slowest rank, without starting Python. What two processors of the machine can give at all is measured by two
-processes that each project one half of the adapter and know nothing of each other. Beside the wall clock stands the
-processor time of the slowest rank, which other work on the machine disturbs less.
-
-On paper: 70 and 405 billion parameters on 8 nodes of 8 ranks, from the shapes of the models, the package's own
-assignment and the rates that are printed with the table.
+A pair of checkpoints (bf16, sharded, in the page cache) and an adapter are generated in a temporary directory and
+projected by one process and by two, interleaved; the outputs have to be equal byte by byte. Times are those of the
+call, without starting Python. The critical path is that of the slowest rank. What two processors of the machine can
+give at all is measured by two processes that each project one half of the adapter and know nothing of each other.
+Beside the wall clock stands processor time, which other work on the machine disturbs less: that of the slowest rank,
+and of both together, which says what the sharing costs. benchmarks/scaling.py does the same on paper for many nodes.
 
     python benchmarks/bench_distributed.py [--runs 5] [--layers 6] [--dir DIR]
 """
@@ -32,12 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 D, KV, FFN, RANK = 2048, 512, 5632, 16
-NODES, PER_NODE = 8, 8
-STORAGE = 10e9  # bytes/s that a node reads from a parallel file system
-MEMORY = 200e9  # bytes/s that the ranks of a node read from its page cache
-NETWORK = 12.5e9  # bytes/s into rank 0 (100 Gbit/s)
-LATENCY = 50e-6  # seconds per message
-MODELS = {"70B": (80, 8192, 1024, 28672), "405B": (126, 16384, 1024, 53248)}
 
 
 def linear_shapes(d: int, kv: int, ffn: int) -> dict[str, tuple[int, int]]:
@@ -117,8 +109,8 @@ def rank_times(root: Path, runs: int, rank: int, port: int, results: Any) -> Non
     results.put({name: entries[1:] for name, entries in times.items()})  # the first call imports what comes late
 
 
-def project(root: Path, runs: int) -> dict[str, list[tuple[float, float]]]:
-    """Wall and processor seconds of the slower of the two processes, for each run."""
+def project(root: Path, runs: int) -> dict[str, list[tuple[float, float, float]]]:
+    """Wall seconds of the slower of the two processes, its processor seconds, and those of both, for each run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -133,7 +125,9 @@ def project(root: Path, runs: int) -> dict[str, list[tuple[float, float]]]:
             raise RuntimeError(f"a rank exited with {process.exitcode}")
     both = [results.get() for _ in ranks]
     return {
-        name: [(max(a[0], b[0]), max(a[1], b[1])) for a, b in zip(both[0][name], both[1][name], strict=True)]
+        name: [
+            (max(a[0], b[0]), max(a[1], b[1]), a[1] + b[1]) for a, b in zip(both[0][name], both[1][name], strict=True)
+        ]
         for name in both[0]
     }
 
@@ -157,41 +151,12 @@ def measure(place: Path | None, layers: int, runs: int) -> None:
         f"{total / 1e9:.2f} GB of bf16 weights, {7 * layers} modules, r = {RANK}, {runs} runs, {os.cpu_count()} CPUs, "
         f"load average {os.getloadavg()[0]:.1f}; outputs equal byte by byte"
     )
-    for column, what in enumerate(("wall clock", "processor time of the slowest")):
+    for column, what in enumerate(("wall clock", "processor time of the slowest", "processor time of both")):
         one, two, halves = (statistics.median(entry[column] for entry in entries) * 1e3 for entries in times.values())
         print(
             f"{what:30s} 1 rank {one:7.1f} ms   2 ranks {two:7.1f} ms (ratio {one / two:.2f})   "
             f"2 independent halves {halves:7.1f} ms (ratio {one / halves:.2f})"
         )
-
-
-def on_paper() -> None:
-    """The division of two large models over 64 ranks, by the package's own assignment."""
-    from safelora.distributed import assign
-
-    size = NODES * PER_NODE
-    print(
-        f"\n{NODES} nodes × {PER_NODE} ranks, LoRA r = {RANK} on every linear module, bf16 checkpoints and factors, "
-        f"every lora_B projected;\na node reads {STORAGE / 1e9:g} GB/s from storage, or projects {MEMORY / 1e9:g} GB/s "
-        f"from its page cache; rank 0 receives {NETWORK / 1e9:g} GB/s, {LATENCY * 1e6:g} µs per message"
-    )
-    heads = ("model", "modules", "GB in all", "GB, busiest rank", "of an even share", "lora_B, MB", "storage, s",
-             "cached, s", "efficiency")  # fmt: skip
-    print("  ".join(heads))
-    for name, (layers, d, kv, ffn) in MODELS.items():
-        shapes = list(linear_shapes(d, kv, ffn).values()) * layers
-        costs = [2 * 2 * rows * columns for rows, columns in shapes]
-        loads = [0] * size
-        for cost, owner in zip(costs, assign(costs, size), strict=True):
-            loads[owner] += cost
-        busiest, total = max(loads), sum(costs)
-        factors = sum(2 * rows * RANK for rows, _ in shapes)
-        exchange = factors / NETWORK + len(shapes) * LATENCY
-        from_storage, cached = (busiest / (rate / PER_NODE) + exchange for rate in (STORAGE, MEMORY))
-        efficiency = total / (STORAGE / PER_NODE) / size / from_storage
-        cells = (name, str(len(shapes)), f"{total / 1e9:.1f}", f"{busiest / 1e9:.2f}", f"{busiest * size / total:.3f}",
-                 f"{factors / 1e6:.0f}", f"{from_storage:.1f}", f"{cached:.2f}", f"{efficiency:.1%}")  # fmt: skip
-        print("  ".join(cell.rjust(len(head)) for cell, head in zip(cells, heads, strict=True)))
 
 
 def main() -> int:
@@ -201,11 +166,8 @@ def main() -> int:
         "--layers", type=int, default=6, help="layers of the generated model (180 MB each for the pair)"
     )
     parser.add_argument("--dir", type=Path, default=None, help="where to put the temporary directory")
-    parser.add_argument("--paper", action="store_true", help="only the model on paper")
     arguments = parser.parse_args()
-    if not arguments.paper:
-        measure(arguments.dir, arguments.layers, arguments.runs)
-    on_paper()
+    measure(arguments.dir, arguments.layers, arguments.runs)
     return 0
 
 

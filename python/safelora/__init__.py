@@ -31,8 +31,12 @@ if TYPE_CHECKING:
     from .mapping import plan_modules as plan_modules
     from .project import project_adapter as project_adapter
     from .project import project_adapters as project_adapters
+    from .push import Push as Push
+    from .push import push_to_hub as push_to_hub
     from .report import ModuleReport as ModuleReport
     from .report import SafeLoraReport as SafeLoraReport
+    from .serving import ServingNote as ServingNote
+    from .serving import serving_notes as serving_notes
     from .sweep import sweep_thresholds as sweep_thresholds
 
 _HOMES = {
@@ -45,9 +49,11 @@ _HOMES = {
     "FilterReport": "filter",
     "LiveReport": "live",
     "ModuleReport": "report",
+    "Push": "push",
     "SafeLoraCallback": "callback",
     "SafeLoraError": "errors",
     "SafeLoraReport": "report",
+    "ServingNote": "serving",
     "apply_safe_lora": "live",
     "convert_adapter": "convert",
     "evaluate_adapters": "evaluate",
@@ -57,7 +63,9 @@ _HOMES = {
     "project_adapter": "project",
     "project_adapters": "project",
     "project_model": "full_model",
+    "push_to_hub": "push",
     "safe_lora_applied": "live",
+    "serving_notes": "serving",
     "sweep_thresholds": "sweep",
     "trace_frontier": "frontier",
 }
@@ -72,9 +80,11 @@ __all__ = [
     "KeywordJudge",
     "LiveReport",
     "ModuleReport",
+    "Push",
     "SafeLoraCallback",
     "SafeLoraError",
     "SafeLoraReport",
+    "ServingNote",
     "apply_safe_lora",
     "convert_adapter",
     "evaluate_adapters",
@@ -84,7 +94,9 @@ __all__ = [
     "project_adapter",
     "project_adapters",
     "project_model",
+    "push_to_hub",
     "safe_lora_applied",
+    "serving_notes",
     "sweep_thresholds",
     "trace_frontier",
 ]

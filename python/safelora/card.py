@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,27 +14,61 @@ if TYPE_CHECKING:
     from .report import Report
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SCALAR = re.compile(r"^([A-Za-z_]+):[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 _TAG_LIST = re.compile(r"^tags:[ \t]*\n((?:[ \t]*- .*\n)*)", re.MULTILINE)
 
 
 def mark_card(path: Path, report: Report) -> None:
     """Add a report's mark to the model card at `path`."""
-    write_mark(path, report.mark.key, *report.card())
+    inputs: dict[str, Any] = getattr(report, "inputs", {})
+    model = inputs.get("aligned", {}).get("source", "")
+    relation = "finetune" if "model" in inputs else "adapter"
+    write_mark(path, report.mark.key, *report.card(), model=model, relation=relation)
 
 
-def write_mark(path: Path, key: str, values: dict[str, Any], heading: str, section: str) -> None:
+def write_mark(
+    path: Path,
+    key: str,
+    values: dict[str, Any],
+    heading: str,
+    section: str,
+    *,
+    model: str = "",
+    relation: str = "adapter",
+) -> None:
     """Add a mark to the model card at `path`, which is created when missing; the rest stays as it is.
 
-    The mark is the block `key` of `values` in the front matter, a tag, and a section under `heading`.
+    The mark is the block `key` of `values` in the front matter, a tag, and a section under `heading`; also base_model
+    and base_model_relation, where the card lacks them and `model` is a repository (the hub refuses a path).
     """
     text = path.read_bytes().decode("utf-8", "surrogateescape").replace("\r\n", "\n") if path.exists() else ""
     own_block = re.compile(rf"^{key}:[ \t]*\n(?:[ \t]+.*\n)*", re.MULTILINE)
     found = _FRONT_MATTER.match(text)
     front, body = (own_block.sub("", found[1]), text[found.end() :]) if found else ("", text)
     block = f"{key}:\n" + "".join(f"  {name}: {json.dumps(value)}\n" for name, value in values.items())
-    front = _tagged(front) + block
+    front = _linked(_tagged(front), model, relation) + block
     body = body.rstrip("\n") + f"\n\n## {heading}\n\n{section}\n"
     path.write_bytes(f"---\n{front}---\n{body}".encode("utf-8", "surrogateescape"))
+
+
+def front_matter(text: str) -> dict[str, str]:
+    """The one-line entries of a model card's front matter, unquoted."""
+    found = _FRONT_MATTER.match(text.replace("\r\n", "\n"))
+    return {key: value.strip("\"'") for key, value in _SCALAR.findall(found[1])} if found else {}
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` has the form of a repository on the hub, and is not a directory here."""
+    return bool(_REPOSITORY.fullmatch(name)) and not os.path.exists(name)
+
+
+def _linked(front: str, model: str, relation: str) -> str:
+    if re.search("^base_model:", front, re.MULTILINE) or not is_repository(model):
+        return front
+    front += f"base_model: {model}\n"
+    has_relation = re.search("^base_model_relation:", front, re.MULTILINE)
+    return front if has_relation else f"{front}base_model_relation: {relation}\n"
 
 
 def _tagged(front: str) -> str:

@@ -74,7 +74,7 @@ def document(title: str, report: Any, body: str) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style><h1>{escape(title)}</h1><p>{escape(report.summary())}</p>{body}{_skips(report)}"
-        f"<h2>Provenance</h2>{_provenance(report)}</html>\n"
+        f"{_serving(report)}<h2>Provenance</h2>{_provenance(report)}</html>\n"
     )
 
 
@@ -311,6 +311,12 @@ def _skips(report: Any) -> str:
     names = "".join(f"<li><code>{escape(name)}</code></li>" for name in report.passed_through)
     summary = f"{len(report.passed_through)} tensors passed through unchanged"
     return f"<details><summary>{summary}</summary><ul>{names}</ul></details>"
+
+
+def _serving(report: Any) -> str:
+    notes = getattr(report, "serving", ())
+    items = "".join(f"<li>{escape(text)}</li>" for text in notes)
+    return f"<h2>Serving</h2><p>Of this adapter, with or without the projection:</p><ul>{items}</ul>" if notes else ""
 
 
 def _provenance(report: Any) -> str:

@@ -20,6 +20,7 @@ from .mapping import plan_modules
 from .measure import Rewriter, batches_of, measure, pairs_of
 from .output import StagedAdapter, check_target, copy_and_hash
 from .report import SafeLoraReport
+from .serving import serving_notes
 from .stream import READ_AHEAD_BYTES, ReadAhead
 
 
@@ -151,6 +152,7 @@ def project_adapter(
             dry_run=dry_run,
             passed_through=passed_through,
             warnings=warnings,
+            serving=[str(note) for note in serving_notes(source, aligned_model.config)],
         )
         if writer is not None:
             rewriter.restore(measured, selected)

@@ -178,7 +178,8 @@ class Report:
 class SafeLoraReport(Report):
     """The outcome of :func:`safelora.project_adapter`; also written as safelora_report.json beside the adapter.
 
-    pdst is the authors' diagnostic: the mean over the measured modules of 1/(1 + ‖B_final − C·B‖_F).
+    pdst is the authors' diagnostic: the mean over the measured modules of 1/(1 + ‖B_final − C·B‖_F). serving says what
+    vLLM and llama.cpp do not take of the adapter as PEFT means it (:func:`safelora.serving_notes`).
     """
 
     mark = PROJECTED
@@ -191,6 +192,7 @@ class SafeLoraReport(Report):
     pdst: float | None = None
     passed_through: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    serving: list[str] = field(default_factory=list)
 
     @property
     def projected(self) -> list[ModuleReport]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from . import bench, calibrate, convert, doctor, evaluate, export, filter, frontier, inspect, project, sweep
+from . import bench, calibrate, convert, doctor, evaluate, export, filter, frontier, inspect, project, push, sweep
 from .common import EPILOG
 
 _DESCRIPTION = "Restore the alignment that fine-tuning wore down: from the weights alone, no training."
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (project, filter, convert, sweep, evaluate, frontier, inspect, calibrate, export, bench, doctor):
+    for module in (project, filter, convert, sweep, evaluate, frontier, inspect, calibrate, export, push, bench, doctor):
         module.add(commands)
     return parser
 

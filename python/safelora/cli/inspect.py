@@ -8,7 +8,8 @@ from typing import Any
 from .common import add_sources, command, print_table
 
 _INSPECT = """\
-Show what an adapter holds and which checkpoint tensor each of its modules is paired with. Reads headers only.
+Show what an adapter holds, which checkpoint tensor each of its modules is paired with, and what vLLM and llama.cpp do
+not take of it. Reads headers only.
 """
 
 
@@ -23,6 +24,7 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
     from ..adapter import Adapter
     from ..checkpoint import Checkpoint
     from ..mapping import plan_modules
+    from ..serving import serving_notes
 
     adapter = Adapter.open(
         arguments.adapter,
@@ -61,6 +63,8 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
                 "skipped": planned.skipped,
             }
         )
+    model = aligned or base
+    serving = [str(note) for note in serving_notes(adapter, model.config if model else None)]
     if arguments.json:
         import json
 
@@ -70,10 +74,11 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
             "modules": rows,
             "passed_through": adapter.passed_through,
             "warnings": adapter.warnings,
+            "serving": serving,
         }
         print(json.dumps(content, indent=1))
         return 0
-    print_table(_inspection_table(rows, adapter.base_model, adapter.warnings))
+    print_table(_inspection_table(rows, adapter.base_model, [*adapter.warnings, *serving]))
     return 0
 
 

@@ -1,0 +1,57 @@
+"""`safelora push`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .common import command
+
+_PUSH = """\
+Show what of a projected adapter or model would be uploaded to the Hugging Face hub; with --upload, upload it.
+
+A folder without the report of a projection, or whose report says that nothing was projected, is refused. Checkpoints,
+optimizer states and training arguments beside the adapter are never uploaded.
+"""
+
+
+def add(commands: Any) -> None:
+    push = command(commands, "push", "upload a projected adapter or model", _PUSH, _run_push, None)
+    push.add_argument("folder", metavar="FOLDER", help="output of a projection")
+    push.add_argument("repo_id", metavar="REPO_ID", help="repository on the hub, owner/name")
+    push.add_argument("--upload", action="store_true", help="upload; without it nothing leaves this machine")
+    push.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
+    push.add_argument("--revision", metavar="REV", help="branch to commit to (default: main)")
+    push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    push.add_argument("--message", metavar="TEXT", help="commit message (default: the summary of the projection)")
+
+
+def _run_push(arguments: argparse.Namespace) -> int:
+    import sys
+
+    from ..push import push_to_hub
+
+    push = push_to_hub(
+        arguments.folder,
+        arguments.repo_id,
+        upload=arguments.upload,
+        private=not arguments.public,
+        revision=arguments.revision,
+        create_pr=arguments.create_pr,
+        commit_message=arguments.message,
+    )
+    if arguments.json:
+        import dataclasses
+        import json
+
+        print(json.dumps(dataclasses.asdict(push), indent=1))
+        return 0
+    print(push.summary)
+    for name, size in push.files.items():
+        print(f"  {size:>14,}  {name}")
+    if push.left_out:
+        print(f"stays here: {', '.join(push.left_out)}")
+    for warning in push.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"Uploaded: {push.url}" if push.url else f"Nothing was uploaded. To {push.repo_id}: add --upload.")
+    return 0
