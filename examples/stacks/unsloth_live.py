@@ -15,3 +15,4 @@ model = FastLanguageModel.get_peft_model(model, r=16, target_modules=["q_proj", 
 report = apply_safe_lora(model, base=base, threshold=0.35)
 print(report.summary())
 model.save_pretrained(out)
+report.save(out)  # the report, and the mark by which the adapter is known as projected

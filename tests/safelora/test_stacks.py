@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -17,13 +18,16 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 
-from safelora import SafeLoraCallback, SafeLoraError, apply_safe_lora
+from safelora import SafeLoraCallback, SafeLoraError, apply_safe_lora, project_adapter
 from tests.safelora.test_peft import CASES, make
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[2]
 STACKS = ROOT / "examples" / "stacks"
+INTERFACES = Path(__file__).with_name("interfaces")
+SAFE = "safelora"
 
 
 def installed(name: str) -> bool:
@@ -128,26 +132,113 @@ def test_axolotl_refuses_an_incomplete_configuration_before_training(plugin: Any
 
 
 @pytest.fixture
-def swift_map(forget: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """ms-swift's table of callbacks after it has imported our file, as --external_plugins does."""
+def swift_stack(forget: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """ms-swift after it has imported our file, as --external_plugins does: by its bare name."""
     if not installed("swift.callbacks"):
-        monkeypatch.setitem(sys.modules, "swift", module("swift"))
-        monkeypatch.setitem(sys.modules, "swift.callbacks", module("swift.callbacks", callbacks_map={}))
-    importlib.import_module("safelora.contrib.swift")
-    return sys.modules["swift.callbacks"].callbacks_map  # type: ignore[no-any-return]
+        monkeypatch.syspath_prepend(str(INTERFACES))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    import swift
+    from swift.utils import import_external_file
+
+    import safelora
+
+    (place,) = safelora.__path__
+    import_external_file(str(Path(place) / "contrib" / "swift" / "safelora_swift.py"))
+    yield swift
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("swift", "safelora_swift")]:
+        del sys.modules[name]
 
 
-def test_swift_registers_a_callback(swift_map: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swift_registers_a_callback(swift_stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    callbacks_map = swift_stack.callbacks.callbacks_map
     monkeypatch.setenv("SAFELORA_BASE", "some/base")
     monkeypatch.setenv("SAFELORA_THRESHOLD", "0.4")
-    assert isinstance(swift_map["safelora"](None, None), SafeLoraCallback)
+    assert isinstance(callbacks_map["safelora"](None, None), SafeLoraCallback)
     monkeypatch.setenv("SAFELORA_NUM_LAYERS", "4")
     with pytest.raises(SafeLoraError, match="SAFELORA_NUM_LAYERS"):
-        swift_map["safelora"](None, None)
+        callbacks_map["safelora"](None, None)
+
+
+def test_the_swift_example_names_the_plugin_file(tmp_path: Path) -> None:
+    """The script as it is, with a `swift` that prints its arguments."""
+    (tmp_path / "swift").write_text('#!/bin/sh\necho "$SAFELORA_BASE $SAFELORA_THRESHOLD $@"\n')
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    for name in ("swift", "python"):
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "python")}
+    command = ["bash", str(STACKS / "swift.sh"), "chat", "base", "data.jsonl", "out"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+    base, threshold, *words = done.stdout.split()
+    plugin = Path(words[words.index("--external_plugins") + 1])
+    assert plugin.is_file() and plugin.name == "safelora_swift.py"
+    assert {path.name for path in plugin.parent.glob("*.py")} == {"safelora_swift.py", "__init__.py"}
+    assert (base, threshold, words[0], words[words.index("--callbacks") + 1]) == ("base", "0.35", "sft", "safelora")
+
+
+def test_swift_leaves_a_projected_adapter_beside_raw_checkpoints(
+    swift_stack: Any, trained: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ms-swift never saves the model at the end: what can be deployed is what the callback saves."""
+    from peft import LoraConfig, get_peft_model
+    from swift.trainers import Trainer
+    from transformers import TrainingArguments
+
+    monkeypatch.setenv("SAFELORA_BASE", str(trained[0] / "base"))
+    monkeypatch.setenv("SAFELORA_NUM_LAYERS", "2")
+    torch.manual_seed(1)
+    tokens = torch.randint(3, 29, (8, 8))
+    model = get_peft_model(copy.deepcopy(trained[1]), LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "args.json").write_text("{}")
+    trainer = Trainer(
+        args=TrainingArguments(out, max_steps=4, save_steps=4, learning_rate=5e-2, report_to=[], use_cpu=True),
+        callbacks=["safelora"],
+        model=model,
+        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+    )
+    trainer.train()
+    pair = (trained[0] / "base", trained[0] / "aligned")
+    report = project_adapter(out / "checkpoint-4", *pair, tmp_path / "offline", num_layers=2)
+    assert len(report.projected) == 2
+    expected, safe = (load_file(place / "adapter_model.safetensors") for place in (tmp_path / "offline", out / SAFE))
+    assert all(torch.equal(expected[name], tensor) for name, tensor in safe.items()) and expected.keys() == safe.keys()
+    assert (out / SAFE / "args.json").read_text() == "{}"
+    with pytest.raises(SafeLoraError, match="projected already"):
+        project_adapter(out / SAFE, *pair, threshold=1, dry_run=True)
+
+
+@pytest.mark.skipif(installed("llamafactory.train.tuner"), reason="its own tests run where LLaMA-Factory is installed")
+def test_llama_factory_saves_a_projected_adapter(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    """run_exp, called as the example does, saves what the callback has projected, and keeps checkpoints raw."""
+    out = tmp_path / "out"
+    settings = {
+        "model_name_or_path": str(trained[0] / "aligned"), "stage": "sft", "do_train": True, "finetuning_type": "lora",
+        "lora_rank": 3, "lora_target": "q_proj,v_proj", "output_dir": str(out), "max_steps": 3, "learning_rate": 0.05,
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    done = run("llama_factory.py", str(tmp_path / "config.yaml"), str(trained[0] / "base"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    pair = (trained[0] / "base", trained[0] / "aligned")
+    report = project_adapter(out / "checkpoint-3", *pair, tmp_path / "offline", threshold=0.35)
+    expected, safe = (load_file(place / "adapter_model.safetensors") for place in (tmp_path / "offline", out))
+    assert all(torch.equal(expected[name], tensor) for name, tensor in safe.items()) and expected.keys() == safe.keys()
+    told = json.loads((out / "safelora_report.json").read_text())
+    assert told["num_projected"] == len(report.projected) and told["options"]["threshold"] == 0.35
+
+
+@pytest.mark.skipif(installed("unsloth"), reason="its own tests run where Unsloth is installed")
+def test_unsloth_saves_a_projected_adapter(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    done = run("unsloth_live.py", str(trained[0] / "aligned"), str(trained[0] / "base"), str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads((tmp_path / "out" / "safelora_report.json").read_text())
+    assert f"projected {told['num_projected']} of {len(told['modules'])} modules" in done.stdout
+    assert len(told["modules"]) == 4 and (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), *sys.path])}
+    path = [*sys.path, str(INTERFACES)]  # an installed stack comes first
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), *path])}
     return subprocess.run(
         [sys.executable, str(STACKS / script), *arguments],
         env=env,

@@ -1,0 +1,1 @@
+from .mapping import callbacks_map as callbacks_map
