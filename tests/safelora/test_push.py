@@ -42,7 +42,9 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     fake = Hub()
-    monkeypatch.setattr(huggingface_hub, "HfApi", fake)
+    # A type, since others annotate with it when they are imported.
+    made = type("HfApi", (), {"__new__": lambda cls, **options: fake(**options)})
+    monkeypatch.setattr(huggingface_hub, "HfApi", made)
     return fake
 
 
