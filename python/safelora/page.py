@@ -34,7 +34,7 @@ td.hash{text-align:left;font-family:ui-monospace,monospace;font-size:.8em;white-
 tr.projected td{font-weight:600}
 .scale{height:.8rem;width:10rem;display:inline-block;vertical-align:middle}
 .warning{border-left:4px solid #d80;background:#d801;padding:.3rem .8rem}
-figure{margin:0}
+figure{margin:0;overflow-x:auto}
 figure svg{width:100%;height:auto;display:block}
 svg text{font:11px system-ui,sans-serif;fill:CanvasText}
 svg .grid{stroke:var(--line)}
@@ -44,7 +44,7 @@ svg .projected{stroke:var(--cut);stroke-width:2.5}
 .legend span{display:inline-block;margin-right:1rem}
 .legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:50%;margin-right:.3rem;vertical-align:-.05rem}
 pre{overflow:auto;font-size:.85em}
-@media (max-width:40rem){svg text{font-size:17px}body{padding:.6rem}}
+@media (max-width:40rem){figure svg{min-width:36rem}svg text{font-size:17px}body{padding:.6rem}}
 """
 # Viridis, sampled at equal steps: readable for colour-blind readers and in grey.
 _COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))

@@ -21,6 +21,7 @@ VLLM_DEFAULT_RANK = 16
 _FACTOR = re.compile(r".+\.(lora_[AB]\.weight|lora_embedding_[AB])")
 _VLLM_IGNORES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")
 _LLAMA_CPP_TAKES = re.compile(r"\.base_layer\.weight|_layernorm|\.norm")
+_PICTURE_TOWERS = re.compile(r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector|audio_tower)\.")
 _CONV1D_TURNED = re.compile(r"\.(c_attn|c_proj|c_fc)$")  # transposed by the converter's class for GPT-2
 
 
@@ -97,6 +98,12 @@ def _llama_cpp(adapter: Adapter, model: Mapping[str, Any]) -> list[ServingNote]:
             f"the update of {turned[0]} is transposed as the stored weight of a Conv1D is (where it is square, without "
             "an error)"
         )
+    split = [module.name for module in adapter.modules if module.name.endswith(".kv_b_proj")]
+    if split:
+        found.refusal(f"{split[0]} is two weights there, one of them transposed")
+    towers = [module.name for module in adapter.modules if _PICTURE_TOWERS.search(module.name)]
+    if towers:
+        found.change(f"what is no part of the text model is left out ({towers[0]}), without an error")
     if config.get("use_rslora"):
         found.change("use_rslora is not read: the update is scaled by lora_alpha/r instead of lora_alpha/√r")
     if config.get("alpha_pattern"):

@@ -98,6 +98,8 @@ def llama_cpp(model: dict[str, Any], keys: dict[str, tuple[int, ...]]) -> None:
             raise RefusedError(f"can not map tensor {base}")
         if base == "lm_head.weight" and model.get("tie_word_embeddings"):
             raise RefusedError("the base model has no such tensor")
+        if base.endswith("kv_b_proj.weight"):
+            raise RefusedError(f"{base} is split by rows and transposed")
         if model["model_type"] == "gpt2":
             raise RefusedError(f"{base} is turned, and no longer has the shape of the model's")
 
@@ -165,6 +167,17 @@ def test_what_a_configuration_rules_out(tmp_path, config, extra, consumer, refus
     notes = serving_notes(Adapter.open(write_adapter(tmp_path / "adapter", given, **config)))
     assert any((note.consumer, note.refused) == (consumer, refused) and text in note.reason for note in notes)
     assert serving_notes(Adapter.open(write_adapter(tmp_path / "plain", factors(llama_modules())))) == []
+
+
+def test_what_llama_cpp_leaves_out_is_said(tmp_path):
+    shapes = {
+        **llama_modules(),
+        "model.vision_tower.encoder.layers.0.self_attn.q_proj": (16, 16),
+        "model.layers.0.self_attn.kv_b_proj": (16, 8),
+    }
+    notes = serving_notes(Adapter.open(write_adapter(tmp_path / "adapter", factors(shapes))))
+    assert [(note.consumer, note.refused) for note in notes] == [(LLAMA_CPP, True), (LLAMA_CPP, False)]
+    assert "vision_tower" in notes[1].reason
 
 
 def test_norms_that_an_extraction_adds_pass_llama_cpp(tmp_path):

@@ -226,7 +226,7 @@ CASES = {
     "phimoe": Case(model("PhimoeForCausalLM", "PhimoeConfig", **SIZES, num_local_experts=3), EXPERTS),
     "granitemoe": Case(
         model("GraniteMoeForCausalLM", "GraniteMoeConfig", **SIZES, **MOE),
-        {"target_modules": ["q_proj"], "target_parameters": ["input_linear.weight", "output_linear.weight"]},
+        {**EXPERTS, "target_modules": ["q_proj"]},
     ),
     "glm4_moe": Case(
         model("Glm4MoeForCausalLM", "Glm4MoeConfig", **SIZES, **MOE, n_routed_experts=3, first_k_dense_replace=1),
