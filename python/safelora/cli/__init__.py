@@ -58,7 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (project, filter, convert, sweep, evaluate, frontier, inspect, calibrate, export, push, bench, doctor):
+    for module in (
+        project,
+        filter,
+        convert,
+        sweep,
+        evaluate,
+        frontier,
+        inspect,
+        calibrate,
+        export,
+        push,
+        bench,
+        doctor,
+    ):
         module.add(commands)
     return parser
 
