@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 # Never left out, whatever else is asked for: what a rule has to beat, and what it has to be told from.
 STANDING = (
-    "none", "safe_lora", "safe_lora_exact", "unit", "zero_selected", "random_deletion", "uniform_scaling",
+    "none", "safe_lora", "safe_lora_exact", "unit", "input_filter", "zero_selected", "random_deletion",
+    "uniform_scaling",
 )  # fmt: skip
 SHARES = (0.1, 0.2, 0.3, 0.5)
 TOLERANCE = 0.05
@@ -270,8 +271,9 @@ def trace_frontier(
     """Sweep rules over adapters and measure safety and utility at every value, with the controls beside them.
 
     The rules ``STANDING`` are always run: the adapter unchanged, Safe LoRA as published, with an orthogonal projector
-    and at unit norm, the same modules deleted, random modules deleted (several draws), everything scaled. `rules` adds
-    to them. Factors are swapped in the live model; it has its former bits afterwards.
+    and at unit norm, the input filter where there are calibration examples, the same modules deleted, random modules
+    deleted (several draws), everything scaled. `rules` adds to them. Factors are swapped in the live model; it has
+    its former bits afterwards.
 
     Args:
         model, adapters, tokenizer, suite, questions, progress, local_files_only: as for

@@ -10,8 +10,9 @@ from .evaluate import add_questions, prepare
 
 _FRONTIER = """\
 Change each ADAPTER on MODEL by several rules, each at several strengths, and measure at every one what `evaluate`
-measures. Always run: Safe LoRA as published, with an orthogonal projector and at unit norm, and the controls that tell
-projecting from shrinking: the same modules deleted, random modules deleted (several draws), everything scaled.
+measures. Always run: Safe LoRA as published, with an orthogonal projector and at unit norm, the input filter (it needs
+--calibrate-safety and --calibrate-task), and the controls that tell projecting from shrinking: the same modules
+deleted, random modules deleted (several draws), everything scaled.
 No file of MODEL or ADAPTER is changed.
 """
 

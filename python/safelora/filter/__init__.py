@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from .examples import example_data, wrapped_prompts
 from .report import FilteredModule, FilterReport
-from .run import filter_adapter
+from .run import FilterSweep, filter_adapter
 
-__all__ = ["FilterReport", "FilteredModule", "example_data", "filter_adapter", "wrapped_prompts"]
+__all__ = ["FilterReport", "FilterSweep", "FilteredModule", "example_data", "filter_adapter", "wrapped_prompts"]

@@ -196,6 +196,59 @@ def filter_adapter(
     return job.report(source_of, None, dry_run, job.adapter, changes)
 
 
+class FilterSweep:
+    """Filters of many strengths from moments that are collected once; the model stays as it is.
+
+    Args as for :func:`filter_adapter`. All moments are kept: there is no memory budget.
+    """
+
+    def __init__(
+        self,
+        peft_model: Any,
+        safety_data: Any,
+        task_data: Any,
+        *,
+        weight: Weight = "grad",
+        adapter_name: str | None = None,
+        tokenizer: Any = None,
+        refusal: str | None = None,
+        clip: float = 3.0,
+        gates: Sequence[float] = GATES,
+        drop_shared_prefix: bool = True,
+        batch_size: int = 8,
+        max_length: int = 1024,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._settings = _checked(weight, 1.0, 0.1, 1e-4, clip, gates, "keep", "auto", 64.0, 1e-4, 500)
+        _, model = unwrap(peft_model)
+        sets = calibration_sets(
+            safety_data,
+            task_data,
+            _tokenizer(tokenizer, None, None, True),
+            responses=weight == "grad",
+            refusal=refusal,
+            batch_size=batch_size,
+            max_length=max_length,
+            drop_shared_prefix=drop_shared_prefix,
+        )
+        name = chosen_adapter(model, adapter_name)
+        self._job = _Job(model, name, self._settings, True, sets, progress, keep=True)
+        self._job.run()
+
+    def solve(
+        self, strength: float, ridge: float = 0.1, *, unseen: Unseen = "keep", jitter: float = 1e-4
+    ) -> dict[str, torch.Tensor]:
+        """lora_A (in shape and dtype of the adapter's) of every module that these values change, by module name.
+
+        Raises SafeLoraError as :func:`filter_adapter` does.
+        """
+        s = self._settings
+        settings = _checked(
+            s.weight, strength, ridge, jitter, s.clip, s.gates, unseen, s.solver, 64.0, s.tolerance, s.max_iterations
+        )
+        return self._job.solve_again(settings)
+
+
 class _Job:
     """One filter of one adapter in a PeftModel, up to the new factors."""
 
@@ -207,8 +260,10 @@ class _Job:
         allow_filtered: bool,
         calibration: tuple[CalibrationSet, CalibrationSet, list[str]],
         progress: Callable[[int, int], None] | None,
+        keep: bool = False,
     ) -> None:
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.keep = model, settings, keep
+        self.collected: list[tuple[list[InputGroup], Solver, Collector]] = []
         self.safety, self.task, warnings = calibration
         self.adapter, self.parameters, layers = inventory(model, adapter_name, allow_filtered, FILTERED)
         self.modules = self.adapter.modules
@@ -223,7 +278,6 @@ class _Job:
         self.seconds: dict[str, float] = {}
         self._measured: dict[str, dict[str, Any]] = {}
         self._held_out: dict[str, tuple[float, float, float]] = {}
-        self._solvers: set[Solver] = set()
         self._progress = progress
 
     def run(self) -> None:
@@ -251,15 +305,17 @@ class _Job:
                     self._progress(done, total)
 
             for part, chosen in passes:
-                rows = chosen != "cholesky"
-                collector = Collector(self.layers, part, self.settings.weight, self.settings.clip, rows)
+                collector = Collector(
+                    self.layers, part, self.settings.weight, self.settings.clip, rows=chosen != "cholesky"
+                )
                 collector.collect(self.safety, self.settings.gates, False, advance)
                 collector.collect(self.task, self.settings.gates, True, advance)
-                with _timed(self.seconds, "solve"):
-                    for group in part:
-                        self._solve(group, collector, chosen)
+                if self.keep:
+                    self.collected.append((part, chosen, collector))
+                else:
+                    self.solve(part, chosen, collector)
         for kind in ("wall", "processor"):
-            self.seconds[f"collect_{kind}"] -= self.seconds[f"solve_{kind}"]
+            self.seconds[f"collect_{kind}"] -= self.seconds.get(f"solve_{kind}", 0.0)
         if self._held_out and self.separability["selectivity"] > _INSEPARABLE:
             self.warnings.append(
                 f"The safety and task examples are hardly separable: on held-out examples the filter leaves "
@@ -317,7 +373,7 @@ class _Job:
         return count * (len(self.settings.gates) if self.settings.weight == "grad" else 1)
 
     def _passes(self, groups: list[InputGroup]) -> list[tuple[list[InputGroup], Solver]]:
-        """The groups of each pass over the data, so that what is kept between fits in the budget, and their solver."""
+        """The groups of each pass over the data, so that what they keep fits in the budget, and their solver."""
         passes: list[tuple[list[InputGroup], Solver]] = []
         room = 0.0
         repeats = len(self.settings.gates) if self.settings.weight == "grad" else 1
@@ -333,7 +389,7 @@ class _Job:
                 size = 4.0 * group.dim**2 * distinct * len(SIDES) * (2 if group.sampled else 1)
             else:
                 size = float(tokens * (group.dim * group.itemsize + 4 * distinct))
-            if not passes or passes[-1][1] != solver or size > room:
+            if not passes or passes[-1][1] != solver or (size > room and not self.keep):
                 passes.append(([], solver))
                 room = float(budget)
             passes[-1][0].append(group)
@@ -342,6 +398,20 @@ class _Job:
 
     def _rank(self, name: str) -> int:
         return int(self.layers.by_name[name].lora_A[self.layers.adapter].weight.shape[0])
+
+    def solve(self, part: list[InputGroup], solver: Solver, collector: Collector) -> None:
+        """New factors for the modules of a pass."""
+        with _timed(self.seconds, "solve"):
+            for group in part:
+                self._solve(group, collector, solver)
+
+    def solve_again(self, settings: Settings) -> dict[str, torch.Tensor]:
+        """New lora_A by module from the moments that were kept, for another strength and ridge."""
+        self.settings = settings
+        self.found.clear()
+        for collected in self.collected:
+            self.solve(*collected)
+        return dict(self.found)
 
     def _solve(self, group: InputGroup, collector: Collector, solver: Solver) -> None:
         """New factors for the modules of a group, and what they do to both sides."""
@@ -365,7 +435,8 @@ class _Job:
                 raise SafeLoraError(f"module {names[0]}: {error}.") from error
             images = [moment.apply(torch.cat([stacked, solution.lora_A]).t().contiguous()) for moment in
                       (problem.safety, problem.task)]  # fmt: skip
-            held_out = self._held(collector, names[0], stacked, solver, factors) if group.sampled else {}
+            sampled = group.sampled and not self.keep
+            held_out = self._held(collector, names[0], stacked, solver, factors) if sampled else {}
             self._held_out.update(held_out)
             start, rows = 0, len(stacked)
             for name, (a, b) in factors.items():

@@ -83,7 +83,7 @@ class Rows:
     def apply(self, z: torch.Tensor) -> torch.Tensor:
         import safelora_kernels as sk
 
-        return sk.gram_apply(self.x, z, self.weights)
+        return sk.gram_apply(self.x, z, self.weights.to(z.dtype))
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         import safelora_kernels as sk
