@@ -96,7 +96,8 @@ class LoraModule(NamedTuple):
 
     kind is "linear", "conv" (factors with kernel dimensions, flattened), "embedding" (whose stored weight is
     d_in × d_out, with d_in the vocabulary) or "expert": then `expert` of `experts` owns rows expert·r … of lora_A and
-    columns expert, expert + experts, … of lora_B, and `swapped` says that lora_A is the factor on the output side.
+    columns expert, expert + experts, … of lora_B, and `swapped` says that lora_A is the factor on the output side; or
+    "part" of a fused module, which owns `rows` of lora_B.
     """
 
     name: str
@@ -106,6 +107,7 @@ class LoraModule(NamedTuple):
     expert: int = 0
     experts: int = 1
     swapped: bool = False
+    rows: tuple[int, int] | None = None
 
     @property
     def rank(self) -> int:
@@ -127,7 +129,8 @@ class LoraModule(NamedTuple):
     @property
     def _sides(self) -> tuple[int, int]:
         size = math.prod(self.lora_A.shape[1:])
-        return (size, self.lora_B.shape[0]) if self.swapped else (self.lora_B.shape[0], size)
+        other = self.lora_B.shape[0] if self.rows is None else self.rows[1] - self.rows[0]
+        return (size, other) if self.swapped else (other, size)
 
     def of_a(self, tensor: torch.Tensor) -> torch.Tensor:
         """This module's part of lora_A (r × its dimension), a view."""
@@ -135,7 +138,8 @@ class LoraModule(NamedTuple):
 
     def of_b(self, tensor: torch.Tensor) -> torch.Tensor:
         """This module's part of lora_B (its dimension × r), a view."""
-        return tensor.reshape(tensor.shape[0], self.rank, self.experts)[:, :, self.expert]
+        part = tensor.reshape(tensor.shape[0], self.rank, self.experts)[:, :, self.expert]
+        return part if self.rows is None else part[slice(*self.rows)]
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """Where in the tensor of `output` this module's d_out × r factor lies, a view."""

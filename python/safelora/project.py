@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+from . import fused
 from .adapter import CONFIG_FILE, Adapter, passed_through_warning
 from .checkpoint import Checkpoint
 from .decision import check_options, decide, refuse_equal_models
@@ -36,6 +37,7 @@ def project_adapter(
     rule: Literal["strict", "authors"] = "strict",
     normalize: Literal["frobenius", "none"] = "frobenius",
     modules_to_save: Literal["keep", "project"] = "keep",
+    split_fused: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
     allow_projected: bool = False,
@@ -64,6 +66,8 @@ def project_adapter(
         normalize: "frobenius" is the published C; "none" is V Vᵀ.
         modules_to_save: "keep" copies tensors that were tuned in full (modules_to_save, biases, trainable tokens) as
             they are; "project" applies the rule to ΔW = W_ft − W_aligned of each, as one more module.
+        split_fused: treat the parts of qkv_proj and gate_up_proj as modules of their own (`safelora.fused`), as if q, k
+            and v were separate; by default a fused module is one, as the adapter has it.
         dry_run: measure and decide, write nothing.
         overwrite: replace an earlier output of this function at `out`.
         allow_projected: accept an adapter that was projected before.
@@ -86,6 +90,8 @@ def project_adapter(
         raise SafeLoraError(f"modules_to_save is {modules_to_save!r}, expected 'keep' or 'project'.")
     if modules_to_save == "project":
         options["modules_to_save"] = modules_to_save
+    if split_fused:
+        options["split_fused"] = True
     source = Adapter.open(
         adapter, revision=revision, local_files_only=local_files_only, allow_projected=allow_projected
     )
@@ -99,6 +105,8 @@ def project_adapter(
     if base_model.root.resolve() == aligned_model.root.resolve() and base_model.tensors == aligned_model.tensors:
         raise SafeLoraError(f"base and aligned are the same checkpoint ({base_model.root}): V = 0 everywhere.")
     plan = plan_modules(source, base_model, aligned_model)
+    if split_fused:
+        plan = fused.split_fused(plan, aligned_model)
     if all(planned.skipped for planned in plan):
         raise SafeLoraError(f"no module of {source.root} can be projected: {plan[0].skipped}.")
     warnings = [*source.warnings, *_model_warnings(source, base_model, aligned_model)]

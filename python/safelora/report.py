@@ -27,8 +27,9 @@ _LAYER_INDEX = re.compile(r"\.(\d+)\.")
 class ModuleReport:
     """One adapted module, one expert of a mixture, or one tensor that was tuned in full.
 
-    kind: "linear", "conv", "embedding" or "expert" for an update B·A; "full", "bias" or "tokens" for a full update
-        ΔW = W_ft − W_aligned, which then stands for B·A in what follows ("expert" too in a report of a whole model).
+    kind: "linear", "conv", "embedding", "expert" or "part" (of a fused module) for an update B·A; "full", "bias" or
+        "tokens" for a full update ΔW = W_ft − W_aligned, which then stands for B·A in what follows ("expert" too in a
+        report of a whole model).
     cosine: between the update B·A and its projection C·B·A, in [0, 1]; None where V = 0.
     margin: signed distance of the cosine from the decision boundary (negative: projected, positive: kept). With
         num_layers it is taken to the nearest cosine on the other side of the cut. None without such a boundary.

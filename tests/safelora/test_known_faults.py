@@ -178,3 +178,65 @@ def test_no_projector_is_ever_held(tmp_path):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=True)
     assert int(done.stdout) < modules * d * d * 4 / 4
     assert json.loads((tmp_path / "out" / "safelora_report.json").read_text())["num_projected"] == modules
+
+
+def test_embedding_and_head_are_projected(tmp_path, pair):
+    """An adapted embedding has its factors under other names and its output in the columns: a crash."""
+    base, aligned = pair
+    draw = torch.Generator().manual_seed(3)
+    given = factors({"lm_head": (31, 24)})
+    stem = f"{PREFIX}model.embed_tokens.lora_embedding_"
+    given[f"{stem}A"], given[f"{stem}B"] = torch.randn(4, 31, generator=draw), torch.randn(24, 4, generator=draw)
+    adapter = write_adapter(tmp_path / "adapter", given)
+    report = project_adapter(adapter, tmp_path / "base", tmp_path / "aligned", tmp_path / "out", threshold=1)
+    assert [module.decision for module in report.modules] == ["projected"] * 2
+    written = read_output(tmp_path / "out")
+    for key, a, weights in (
+        (f"{stem}B", f"{stem}A", [model["model.embed_tokens.weight"].T for model in pair]),
+        (f"{PREFIX}lm_head.lora_B.weight", f"{PREFIX}lm_head.lora_A.weight",
+         [base["lm_head.weight"], aligned["lm_head.weight"]]),
+    ):  # fmt: skip
+        expected, _, _ = truth(*weights, given[key], given[a])
+        assert float((written[key].double() - expected).norm() / expected.norm()) <= KERNEL
+
+
+def test_conv1d_weights_are_turned(tmp_path):
+    """GPT-2 stores d_in × d_out: a shape error, and where the weight is square the wrong side."""
+    shapes = {"h.0.attn.c_attn": (72, 24), "h.0.attn.c_proj": (24, 24), "h.0.mlp.c_fc": (96, 24)}
+    base = {f"{name}.weight": torch.randn(d_in, d_out) * 0.1 for name, (d_out, d_in) in shapes.items()}
+    aligned = shifted(base)
+    given = factors({f"transformer.{name}": shape for name, shape in shapes.items()})
+    config = {"model_type": "gpt2"}
+    project_adapter(
+        write_adapter(tmp_path / "adapter", given, fan_in_fan_out=True),
+        write_checkpoint(tmp_path / "base", base, config=config),
+        write_checkpoint(tmp_path / "aligned", aligned, config=config), tmp_path / "out", threshold=1,
+    )  # fmt: skip
+    for name in shapes:
+        b, a = (given[f"{PREFIX}transformer.{name}.lora_{factor}.weight"] for factor in "BA")
+        expected, _, _ = truth(base[f"{name}.weight"].T, aligned[f"{name}.weight"].T, b, a)
+        got = read_output(tmp_path / "out")[f"{PREFIX}transformer.{name}.lora_B.weight"].double()
+        assert float((got - expected).norm() / expected.norm()) <= KERNEL
+
+
+def test_unusable_options_are_value_errors(tmp_path, pair):
+    """They were assert statements, which `python -O` removes."""
+    adapter = write_adapter(tmp_path / "adapter", factors(llama_modules()))
+    models = (tmp_path / "base", tmp_path / "aligned")
+    for options in ({}, {"threshold": 0.3, "num_layers": 2}, {"num_layers": -1}, {"threshold": float("nan")}):
+        with pytest.raises(ValueError, match=r"threshold|num_layers"):
+            project_adapter(adapter, *models, tmp_path / "out", **options)
+
+
+def test_the_result_is_an_ordinary_adapter(tmp_path, pair):
+    """The published class could not be saved: the output has the input's keys, shapes, dtypes and configuration."""
+    given = factors(llama_modules(), dtype=torch.bfloat16)
+    adapter = write_adapter(tmp_path / "adapter", given)
+    project_adapter(adapter, tmp_path / "base", tmp_path / "aligned", tmp_path / "out", threshold=1)
+    written = read_output(tmp_path / "out")
+    assert {name: (t.shape, t.dtype) for name, t in written.items()} == {
+        name: (t.shape, t.dtype) for name, t in given.items()
+    }
+    assert all(torch.equal(written[name], given[name]) for name in given if "lora_A" in name)
+    configuration = "adapter_config.json"
+    assert (tmp_path / "out" / configuration).read_bytes() == (adapter / configuration).read_bytes()

@@ -14,7 +14,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import safelora.weights
-from safelora import Adapter, Checkpoint, SafeLoraError, convert_adapter, plan_modules, project_adapter, project_model
+from safelora import (
+    Adapter,
+    Checkpoint,
+    SafeLoraError,
+    convert_adapter,
+    plan_modules,
+    project_adapter,
+    project_model,
+    push_to_hub,
+)
 from tests.safelora.zoo import (
     LLAMA_CONFIG,
     factors,
@@ -26,7 +35,8 @@ from tests.safelora.zoo import (
     write_adapter,
     write_checkpoint,
 )  # fmt: skip
-from tests.safelora.zoo_models import llama, llava, mixtral, randomised, save_model
+from tests.safelora.zoo_models import CASES as ZOO
+from tests.safelora.zoo_models import llama, llava, mixtral, pair_of, randomised, save_model
 
 PREFIX = "base_model.model."
 KERNEL = 1e-5
@@ -175,6 +185,71 @@ def test_experts_stacked_in_two_dimensions_are_refused(tmp_path):
             write_checkpoint(tmp_path / "a", shifted(base), config=config),
             tmp_path / "out", threshold=1,
         )  # fmt: skip
+
+
+# Fused modules
+
+PARTS = {"qkv_proj": {"q": (0, 24), "k": (24, 32), "v": (32, 40)}, "gate_up_proj": {"gate": (0, 40), "up": (40, 80)}}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("criterion", [{"threshold": 1}, {"num_layers": 4}])
+def test_fused_modules_in_parts(tmp_path, criterion):
+    """Phi-3 as PEFT saves it: every part has the V, the cosine and the decision of a module of its own."""
+    base, aligned = pair_of(ZOO["phi3 fused qkv and gate_up"], tmp_path)
+    config = LoraConfig(r=4, target_modules=["qkv_proj", "gate_up_proj", "o_proj"])
+    tuned = randomised(get_peft_model(copy.deepcopy(aligned), config))
+    tuned.save_pretrained(tmp_path / "adapter")
+    given = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    models = (tmp_path / "base", tmp_path / "aligned")
+    report = project_adapter(tmp_path / "adapter", *models, tmp_path / "out", split_fused=True, **criterion)
+    written = read_output(tmp_path / "out")
+    modules = {module.name: module for module in report.modules}
+    assert len(modules) == 2 * (3 + 2 + 1) and report.options["split_fused"] is True
+    for key, lora_B in given.items():
+        if "lora_B" not in key:
+            assert torch.equal(written[key], lora_B)
+            continue
+        path = key.removeprefix(PREFIX).removesuffix(".lora_B.weight")
+        lora_A = given[key.replace("lora_B", "lora_A")]
+        weights = [model.get_submodule(path).weight.detach() for model in (base, aligned)]
+        whole = {"": (0, lora_B.shape[0])}
+        for part, (start, stop) in PARTS.get(path.rpartition(".")[2], whole).items():
+            module = modules[f"{path}.{part}" if part else path]
+            rows = slice(start, stop)
+            expected, cosine, _ = truth(*(weight[rows] for weight in weights), lora_B[rows], lora_A)
+            assert module.cosine == pytest.approx(cosine, abs=1e-6) and module.shape == (stop - start, lora_A.shape[1])
+            if module.decision == "kept":
+                assert torch.equal(written[key][rows], lora_B[rows])
+            else:
+                assert error_of(written[key][rows].double(), expected) <= KERNEL
+    assert len(report.projected) == criterion.get("num_layers", len(modules))
+    loaded = PeftModel.from_pretrained(copy.deepcopy(aligned), tmp_path / "out")
+    assert torch.isfinite(loaded(torch.tensor([[3, 4, 5]])).logits).all()
+    assert not push_to_hub(tmp_path / "out", "me/safe").url
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("case", "config", "message"),
+    [
+        ("gpt-neox fused qkv", {}, "interleave query, key and value by head"),
+        ("gpt2 Conv1D", {}, "store them in columns"),
+        ("llama all linear", {"target_modules": ["q_proj"]}, "nothing to split"),
+        ("phi3 fused qkv and gate_up", {"heads": 5}, "do not divide into query"),
+    ],
+)
+def test_fused_modules_that_cannot_be_split(tmp_path, case, config, message):
+    _, aligned = pair_of(ZOO[case], tmp_path)
+    lora = {**ZOO[case].lora, **({} if "heads" in config else config)}
+    randomised(get_peft_model(aligned, LoraConfig(**lora))).save_pretrained(tmp_path / "adapter")
+    if "heads" in config:
+        place = tmp_path / "aligned" / "config.json"
+        place.write_text(json.dumps(json.loads(place.read_text()) | {"num_attention_heads": config["heads"]}))
+    with pytest.raises(SafeLoraError, match=message):
+        project_adapter(
+            tmp_path / "adapter", tmp_path / "base", tmp_path / "aligned", threshold=1, dry_run=True, split_fused=True
+        )
 
 
 # Conversions

@@ -35,6 +35,10 @@ def add(commands: Any) -> None:
         help="tensors tuned in full: keep (default) copies them, project applies the rule to W_ft - W_aligned",
     )  # fmt: skip
     project.add_argument(
+        "--split-fused", action="store_true",
+        help="decide and project q, k and v of qkv_proj, gate and up of gate_up_proj each by itself",
+    )  # fmt: skip
+    project.add_argument(
         "--all-adapters", action="store_true", help="ADAPTER is a directory of several; --out gets a directory for each"
     )
     add_sources(project)
@@ -64,6 +68,7 @@ def _run_project(arguments: argparse.Namespace) -> int:
             arguments.aligned,
             arguments.out,
             modules_to_save=arguments.modules_to_save,
+            split_fused=arguments.split_fused,
             progress=progress,
             ranks=ranks,
             **rule_options(arguments),
