@@ -241,14 +241,22 @@ def is_transposed(layer: Any, module: LoraModule) -> bool:
 def live_weight(layer: Any, module: LoraModule, gather: Gather) -> torch.Tensor:
     """The weight as it is shaped in the model, dequantised and gathered."""
     if quantisation(layer, module.name):
-        from peft.utils.integrations import dequantize_module_weight
-
-        return dequantize_module_weight(layer.get_base_layer()).detach()
+        return dequantised(layer.get_base_layer())
     weight = weight_of(layer)
     if weight.device.type == "meta":
         weight = _offloaded(layer, module.name)
     whole = gather(weight)
     return whole[module.expert] if module.kind == "expert" else whole
+
+
+def dequantised(module: Any) -> torch.Tensor:
+    """The weight of a layer that :func:`quantisation` knows, in floating point."""
+    from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
+
+    if type(module.weight).__name__ == "Int8Params":
+        # dequantize_module_weight makes a new parameter on CPUs, without the scales that a forward pass has moved away.
+        return dequantize_bnb_weight(module.weight, state=module.state).detach()
+    return dequantize_module_weight(module).detach()
 
 
 def oriented(weight: torch.Tensor, transposed: bool) -> torch.Tensor:

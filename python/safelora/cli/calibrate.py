@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--config", metavar="DIR", help="take the target modules of this adapter_config.json instead")
     parser.add_argument("--safety-rank", type=int, default=32, metavar="K", help="directions to protect (default 32)")
     parser.add_argument("--task-rank", type=int, default=32, metavar="K", help="directions of the task (default 32)")
-    parser.add_argument("--oversample", type=int, metavar="P", help="further columns of the sketch (default: the rank)")
+    parser.add_argument("--oversample", type=int, metavar="P", help="further columns of the sketch (default: 3 K)")
     parser.add_argument("--passes", type=int, choices=(1, 2), default=1, help="2: refine with a second pass")
     parser.add_argument("--exact", action="store_true", help="whole Gram matrices instead of sketches, to check them")
     parser.add_argument(

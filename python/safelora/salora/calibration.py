@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,7 @@ def calibrate(
             responses) and the model's inputs; or prompts with responses, whatever :func:`safelora.data.load_examples`
             takes, with a tokenizer.
         safety_rank, task_rank: how many directions at most.
-        oversample: columns of the sketch beyond the rank; by default as many as the rank.
+        oversample: columns of the sketch beyond the rank; by default three times the rank.
         seed: of Ω. The same seed, model and data give the same bits on one machine.
         exact: sum the whole Gram matrix ZᵀZ instead, d_out² numbers a module in fp64. For checking.
         passes: 2 goes over the data once more with the first pass's directions for Ω, which squares the error.
@@ -77,19 +78,22 @@ def calibrate(
         SafeLoraError: for data without labels or response tokens, a configuration that matches nothing, NaN.
     """
     ranks_asked = {"safety": safety_rank, "task": task_rank}
-    _check_options(ranks_asked, oversample, passes, rcond, batch_size)
-    if safety_data is None:
-        raise SafeLoraError("safety_data is missing: harmful prompts with safe answers, whose response tokens span U.")
     wrapped, inner = _inner(model)
     sharded = any(hasattr(parameter, "device_mesh") for parameter in inner.parameters())
     shared = wrapped or sharded if distributed is None else distributed
     ranks = process_group() if shared else Ranks()
     try:
         with ranks.together():
+            _check_options(ranks_asked, oversample, passes, rcond, batch_size)
+            if safety_data is None:
+                raise SafeLoraError(
+                    "safety_data is missing: harmful prompts with safe answers, whose response tokens span U."
+                )
             targets, skipped = _targets(inner, config)
             found: dict[str, dict[str, Any]] = {"safety": {}, "task": {}}
             details: dict[str, dict[str, Any]] = {name: {} for name in targets}
             sources = {}
+            spanned: list[str] = []
             for kind, data in (("safety", safety_data), ("task", task_data)):
                 if data is None:
                     continue
@@ -99,7 +103,9 @@ def calibrate(
                 sweep = _Sweep(inner, targets, ranks, sharded, progress)
                 rank = ranks_asked[kind]
                 sketches = {
-                    name: Sketch(name, rank, rank if oversample is None else oversample, _seed(seed, kind, name), exact)
+                    name: Sketch(
+                        name, rank, 3 * rank if oversample is None else oversample, _seed(seed, kind, name), exact
+                    )
                     for name in targets
                 }
                 for number in range(passes):
@@ -114,10 +120,18 @@ def calibrate(
                     if name in skipped:
                         continue
                     basis, numbers = leading_subspace(sketch, rcond)
+                    if kind == "safety" and len(basis) == basis.shape[1]:
+                        spanned.append(name)
                     found[kind][name] = ranks_equal(basis, ranks)
                     details[name].update({f"{kind}_{key}": value for key, value in numbers.items()})
     finally:
         ranks.close()
+    if spanned:
+        warnings.warn(
+            f"safety_rank={safety_rank} spans all outputs of {len(spanned)} modules ({spanned[0]}): nothing of them is "
+            "left to train. Lower it for more room.",
+            stacklevel=2,
+        )
     for name in skipped:
         details.pop(name, None)
     if not details:

@@ -35,6 +35,11 @@ class _Factor:
     frozen: Tensor | None
     version: int = -1
 
+    @property
+    def nothing_left(self) -> bool:
+        """Whether the basis spans the whole space, so that the factor is zero."""
+        return self.basis is not None and self.basis.shape[0] == self.basis.shape[1]
+
     def untouched(self) -> bool:
         """Whether no step has written to the parameter since :meth:`SubspaceConstraint.project_weights`.
 
@@ -302,7 +307,9 @@ def _apply(held: list[tuple[_Factor, Any]], gradients: bool = False) -> None:
         if _is_sharded(tensor):
             full = tensor.full_tensor()
             sharded.append((factor, tensor, full))
-        if factor.basis is not None:
+        if factor.nothing_left:
+            factor.split(full)[0].zero_()
+        elif factor.basis is not None:
             tensors, bases = groups.setdefault((factor.side, full.device), ([], []))
             tensors.append(factor.split(full)[0])
             bases.append(factor.basis)
@@ -327,7 +334,9 @@ def _projected(factor: _Factor, gradient: Tensor) -> Tensor:
     with torch.no_grad():
         result = gradient.clone()
         trained, rest = factor.split(result)
-        if factor.basis is not None:
+        if factor.nothing_left:
+            trained.zero_()
+        elif factor.basis is not None:
             sk.project_out_layers_([trained], [factor.basis], side=factor.side)  # type: ignore[arg-type]
         if factor.frozen is not None:
             rest.zero_()

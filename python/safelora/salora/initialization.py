@@ -12,6 +12,7 @@ from ..errors import SafeLoraError
 from ..peft_model import (
     Gather,
     chosen_adapter,
+    dequantised,
     inventory,
     is_transposed,
     live_weight,
@@ -240,12 +241,7 @@ def frozen_matrix(module: Any, name: str) -> torch.Tensor:
     import torch
 
     held = _Plain(module)
-    if quantisation(held, name):
-        from peft.utils.integrations import dequantize_module_weight
-
-        weight = dequantize_module_weight(module).detach()
-    else:
-        weight = Gather()(weight_of(held))
+    weight = dequantised(module) if quantisation(held, name) else Gather()(weight_of(held))
     weight = weight.t() if type(module).__name__ == "Conv1D" else weight
     return weight if weight.dtype == torch.float64 else weight.float()
 
@@ -284,6 +280,8 @@ def project(matrix: torch.Tensor, basis: torch.Tensor | None, side: str = "left"
     """``M − U(UᵀM)``, or ``M − (MV)Vᵀ`` with side="right", in fp64; M where there is no basis."""
     if basis is None:
         return matrix
+    if basis.shape[0] == basis.shape[1]:
+        return matrix.new_zeros(matrix.shape)  # nothing is left; rounding would not say so
     wide, basis = matrix.double(), basis.to(matrix.device).double()
     if side == "left":
         return wide - basis @ (basis.t() @ wide)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def leak(tensors: dict[str, torch.Tensor], found: Subspaces) -> float:
     worst = 0.0
     for name, U in found.bases.items():
         b, a = (tensors[f"base_model.model.{name}.lora_{factor}.weight"].double() for factor in "BA")
-        worst = max(worst, float((U.double().t() @ b @ a).norm() / (b @ a).norm()))
+        if (b @ a).any():
+            worst = max(worst, float((U.double().t() @ b @ a).norm() / (b @ a).norm()))
     return worst
 
 
@@ -144,6 +146,25 @@ def test_trl(base, found, entry, tmp_path):
     run.save_model()
     assert leak(load_file(tmp_path / "out" / WEIGHTS), found) <= 1e-5
     assert callback.report.leak <= 1e-5
+
+
+def test_the_example(base, tmp_path, monkeypatch):
+    """examples/stacks/salora_trl.py, as it is called."""
+    pytest.importorskip("trl")
+    from tests.safelora.salora.test_calibrate import words_tokenizer
+
+    base.save_pretrained(tmp_path / "model")
+    words_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"w{n} w{n + 1}", "completion": f"w{n + 2} w{n + 3}"} for n in range(20)]
+    for name in ("safety", "data"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = [str(tmp_path / name) for name in ("model", "safety.jsonl", "data.jsonl", "out")]
+    monkeypatch.setattr("sys.argv", ["salora_trl.py", *places])
+    runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "stacks" / "salora_trl.py"))
+    found = Subspaces.load(tmp_path / "out" / "checkpoint-10")
+    spanned = [name for name, basis in found.bases.items() if len(basis) == basis.shape[1]]
+    assert len(spanned) < 14
+    assert len(found.bases) == 14 and leak(load_file(tmp_path / "out" / WEIGHTS), found) <= 1e-5
 
 
 def test_errors(base, found, tmp_path):

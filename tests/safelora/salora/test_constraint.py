@@ -329,6 +329,19 @@ def test_what_lies_outside_is_said(base):
     assert set(constraint.outside) >= {"lm_head"}
 
 
+def test_a_subspace_of_everything_leaves_nothing_to_train(base):
+    with pytest.warns(UserWarning, match="spans all outputs of 4 modules"):
+        found = subspaces(base, ["q_proj", "k_proj", "v_proj"], safety_rank=8)
+    for mode in MODES:
+        tuned = initialized(base, found, mode, target_modules=["q_proj", "k_proj", "v_proj"])
+        optimizer = torch.optim.AdamW(trainable(tuned), lr=1e-2, weight_decay=0.1)
+        constraint = SubspaceConstraint(tuned, found, optimizer)
+        steps(tuned, optimizer, 2)
+        leaks = constraint.leaks()
+        for name, change in dense_updates(tuned, subspaces_of(tuned)).items():
+            assert bool(change.any()) == name.endswith("q_proj") and leaks[name] <= 1e-5
+
+
 def test_errors(base, found):
     tuned = initialized(base, found, "packed")
     with pytest.raises(SafeLoraError, match="optimizer does not train"):
