@@ -1,19 +1,23 @@
 # The CUDA kernels as a C++ library of their own, component `cuda` of the package: csrc/cuda.
-# One fat binary for every architecture from sm_80 on, with PTX for those to come; the CUDA runtime is linked in.
+# One fat binary for every architecture from sm_80 on; the CUDA runtime is linked in. PTX of the oldest one serves those
+# in between (machine code for 100a does not run on 10.3), PTX of the newest those to come.
 enable_language(CUDA)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
   message(FATAL_ERROR "The CUDA kernels need nvcc 12.8 or later (sm_120), found ${CMAKE_CUDA_COMPILER_VERSION} in ${CMAKE_CUDA_COMPILER}")
 endif()
 find_package(CUDAToolkit REQUIRED)
 
-set(SAFELORA_CUDA_ARCHITECTURES 80 86 89 90a 100a 120 CACHE STRING "Architectures with machine code; PTX is added for the last one")
+set(SAFELORA_CUDA_ARCHITECTURES 80 86 89 90a 100a 120 CACHE STRING "Architectures with machine code; PTX is added for the first and the last one")
 option(SAFELORA_CUDA_STRICT "Make nvcc's warnings errors, register spills and local memory among them" OFF)
 set(gencode "")
 foreach(architecture IN LISTS SAFELORA_CUDA_ARCHITECTURES)
   list(APPEND gencode "SHELL:-gencode arch=compute_${architecture},code=sm_${architecture}")
 endforeach()
-list(GET SAFELORA_CUDA_ARCHITECTURES -1 last)
-list(APPEND gencode "SHELL:-gencode arch=compute_${last},code=compute_${last}")
+list(GET SAFELORA_CUDA_ARCHITECTURES 0 oldest)
+list(GET SAFELORA_CUDA_ARCHITECTURES -1 newest)
+foreach(architecture IN ITEMS ${oldest} ${newest})
+  list(APPEND gencode "SHELL:-gencode arch=compute_${architecture},code=compute_${architecture}")
+endforeach()
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS csrc/cuda/*.cpp csrc/cuda/*.cu)
 add_library(safelora_kernels_cuda ${cuda_sources})

@@ -146,9 +146,9 @@ def test_opcodes(library: Path, architecture: str) -> None:
         assert missing == [], chosen[names]
 
 
-def test_newest_architecture_is_there_as_ptx(library: Path) -> None:
+def test_oldest_and_newest_architectures_are_there_as_ptx(library: Path) -> None:
     listed = subprocess.run([cuobjdump(), "-lptx", str(library)], capture_output=True, text=True, check=True).stdout
-    assert "sm_120" in listed
+    assert set(re.findall(r"\.(sm_\w+)\.ptx", listed)) == {"sm_80", "sm_120"}
 
 
 CONSUMER = """
