@@ -210,9 +210,14 @@ void pack(const std::vector<LayerPlan>& plans, const Stream& stream) {
   });
 }
 
-std::int64_t strip_tasks(const TicketItem& item) {
-  const std::int64_t first = std::int64_t{item.strip_cols / kBlockRows} * item.chunks;
-  return first + item.strip_cols / item.unit_cols * ceil_div(item.rows, kBlockRows);
+std::int64_t strip_tasks(std::int64_t rows, std::int64_t chunks, std::int64_t strip_cols, std::int64_t unit_cols,
+                         int panel) {
+  return strip_cols / kBlockRows * (chunks + panel / 16) + strip_cols / unit_cols * ceil_div(rows, kBlockRows);
+}
+
+// Between a strip's two phases come the tasks of so many others: enough for its last block to be done.
+std::int64_t strips_between(std::int64_t blocks, std::int64_t strips, std::int64_t tasks) {
+  return std::clamp<std::int64_t>(ceil_div(9 * blocks * strips, 10 * tasks), 1, kMaxLag);
 }
 
 struct Schedule {
@@ -226,7 +231,7 @@ Schedule schedule(const TicketItem* items, int count, const char* kernel, int pa
   for (int i = 0; i < count; ++i) {
     const TicketItem& item = items[i];
     result.strips += item.strips;
-    tasks += item.strips * (strip_tasks(item) + std::int64_t{item.strip_cols / kBlockRows} * (panel / 16));
+    tasks += item.strips * strip_tasks(item.rows, item.chunks, item.strip_cols, item.unit_cols, panel);
     result.part_size = std::max(result.part_size, std::int64_t{item.chunks} * item.strip_cols * panel);
   }
   if (tasks >= std::numeric_limits<std::int32_t>::max())
@@ -235,8 +240,7 @@ Schedule schedule(const TicketItem* items, int count, const char* kernel, int pa
   const std::int64_t resident = std::min<std::int64_t>(resident_blocks(kernel, result.shape, stream),
                                                        std::int64_t{kBlocksPerProcessor} * stream.device.sm_count);
   result.shape.grid_x = static_cast<unsigned>(std::clamp<std::int64_t>(resident, 1, tasks));
-  // Between a strip's two phases come the tasks of `lag` others: enough for its last block to be done.
-  result.lag = std::clamp<std::int64_t>(ceil_div(9 * resident * result.strips, 10 * tasks), 1, kMaxLag);
+  result.lag = strips_between(resident, result.strips, tasks);
   return result;
 }
 
@@ -493,7 +497,9 @@ ProjectPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& 
     plan.dram_bytes += factors;
     for (const int panel : panel_widths(rank)) {
       const Traffic t = traffic(layer, s, panel);
-      const std::int64_t window = 2 * s.strip_cols * round_up(rows, kBlockRows) * pair_bytes(layer);
+      const std::int64_t tasks = strip_tasks(rows, s.chunks, s.strip_cols, s.unit_cols, panel);
+      const std::int64_t between = strips_between(std::int64_t{kBlocksPerProcessor} * device.sm_count, 1, tasks);
+      const std::int64_t window = (between + 1) * s.strip_cols * round_up(rows, kBlockRows) * pair_bytes(layer);
       const std::int64_t kept = s.slots * sums_size(rows, panel) * 4;  // read once more by finish
       plan.l2_window = std::max(plan.l2_window, window);
       plan.dram_bytes += (window <= l2_size(device) ? 1 : 2) * weights + 2 * t.packed + t.y + 2 * kept;
@@ -505,7 +511,7 @@ ProjectPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& 
 }
 
 extern "C" void safelora_plan_project(std::int64_t d_out, std::int64_t d_in, std::int64_t rank, DType weight,
-                                      DType factor, int arch, std::int64_t l2_bytes, ProjectPlan* plan) {
+                                      DType factor, int arch, int sm_count, std::int64_t l2_bytes, ProjectPlan* plan) {
   ProjectLayer layer;
   layer.aligned = layer.base = {nullptr, weight, d_out, d_in, d_in, 1};
   layer.factors.resize(1);
@@ -513,6 +519,7 @@ extern "C" void safelora_plan_project(std::int64_t d_out, std::int64_t d_in, std
   layer.factors[0].projected = {nullptr, factor, d_out, rank, rank, 1};
   Device device;
   device.arch = arch;
+  device.sm_count = sm_count;
   device.l2_bytes = l2_bytes;
   *plan = plan_project({layer}, device);
 }

@@ -161,7 +161,7 @@ ProjectPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& 
 
 // The same for one contiguous layer with one adapter, for callers without C++.
 extern "C" SAFELORA_API void safelora_plan_project(std::int64_t d_out, std::int64_t d_in, std::int64_t rank,
-                                                   DType weight, DType factor, int arch, std::int64_t l2_bytes,
-                                                   ProjectPlan* plan);
+                                                   DType weight, DType factor, int arch, int sm_count,
+                                                   std::int64_t l2_bytes, ProjectPlan* plan);
 
 }  // namespace safelora::cuda
