@@ -237,8 +237,9 @@ def compile_all(names: Sequence[str] = ()) -> Iterator[tuple[Entry, str, Resourc
     for entry in entries:
         if names and entry.name not in names:
             continue
+        example = entry.examples[0]()
         for target in targets_of(entry):
-            yield entry, target, resources(compile_entry(entry, target), target)
+            yield entry, target, resources(compile_entry(entry, target, example), target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
