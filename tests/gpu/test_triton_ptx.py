@@ -51,6 +51,13 @@ def cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def modules() -> Iterator[None]:
+    """Lets go of the interpreter's modules before it is unloaded."""
+    yield
+    _module.cache_clear()
+
+
 @functools.cache
 def _module(text: str) -> Any:
     tool = ptxsim()
