@@ -247,7 +247,7 @@ def library(variant: str, sources: tuple[Path, ...] | None = None) -> Path:
     kernels = list(sources or kernel_sources())
     common = [SIMT / "emulated.cpp", SIMT / ("driver_ptx.cpp" if variant == "ptx" else "driver_simt.cpp")]
     if variant != "ptx":
-        common.append(SIMT / "machine.cpp")
+        common += [SIMT / "machine.cpp", SIMT / "copies.cpp", SIMT / "warp.cpp"]
     if not sources:
         host = [
             *host_sources(),

@@ -1,12 +1,8 @@
-#include "simt/machine.h"
-
+// Blocks and fibers: who is resident, who runs next, and where they meet. See machine.h.
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
 #include <map>
 #include <memory>
 #include <random>
@@ -14,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "simt/fiber.h"
+#include "simt/state.h"
 
 asm(R"(.text
 .globl simt_switch
@@ -28,9 +24,11 @@ simt_switch:
 )");
 
 namespace simt {
+
+Machine machine;
+
 namespace {
 
-constexpr unsigned kWarp = 32;
 constexpr int kIdleRounds = 2000;  // of nothing but spinning, until the machine gives up
 // Bytes behind a block's shared memory, where no sanitizer watches over its end.
 #if defined(SIMT_TSAN) || defined(__SANITIZE_ADDRESS__)
@@ -39,85 +37,8 @@ constexpr std::size_t kGuard = 0;
 constexpr std::size_t kGuard = 64;
 #endif
 
-// While it lives, the race detector does not look at the machine's own memory, of which fibers share much.
-class Quiet {
- public:
-  Quiet() { begin(); }
-  ~Quiet() { end(); }
-  Quiet(const Quiet&) = delete;
-  Quiet& operator=(const Quiet&) = delete;
-#if defined(SIMT_TSAN)
-  static void begin() {
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-  }
-  static void end() {
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-  }
-#else
-  static void begin() {}
-  static void end() {}
-#endif
-};
-
-constexpr unsigned char kZeros[16] = {};
-
 struct Fault : std::runtime_error {
   using std::runtime_error::runtime_error;
-};
-
-enum class State : std::uint8_t { ready, barrier, collective, cluster, done };
-
-struct Block;
-using Copy = std::function<void()>;
-
-struct Thread {
-  Place place;
-  Block* block;
-  unsigned warp;
-  State state = State::ready;
-  bool spun = false;
-  bool cluster_arrived = false, cluster_pending = false;  // in this generation; without its cluster_wait
-  unsigned cluster_generation = 0;
-  unsigned mask = 0;
-  void* operand = nullptr;
-  Combine combine = nullptr;
-  std::deque<std::vector<Copy>> groups;
-  std::vector<Copy> open;
-  Fiber* fiber;
-};
-
-struct Cluster {
-  std::vector<Block*> blocks;
-  unsigned live = 0, arrived = 0, generation = 0;
-  char order[2] = {};  // addresses that stand for the barrier's two generations
-};
-
-struct Block {
-  Cluster* cluster;
-  unsigned rank;
-  bool ready_for_remote = false;  // has passed a cluster barrier
-  std::vector<Thread> threads;
-  unsigned live = 0, waiting = 0, generation = 0;
-  int votes = 0, votes_next = 0;
-  unsigned char* shared = nullptr;
-  std::size_t shared_bytes = 0;
-  char order[2] = {};
-  std::vector<char> warp_order;
-};
-
-struct Mbar {
-  unsigned count, pending;
-  std::int64_t bytes = 0;
-  unsigned phase = 0;
-  std::vector<Copy> copies;
-};
-
-struct Program {
-  Kernel kernel;
-  std::size_t params;
-  unsigned max_threads;
 };
 
 // Made before any kernel registers, and never destroyed.
@@ -125,24 +46,6 @@ std::map<std::string, Program>& programs() {
   static auto* known = new std::map<std::string, Program>;
   return *known;
 }
-
-struct Machine {
-  Settings settings;
-  std::mt19937 random;
-  const Program* program = nullptr;
-  const void* params = nullptr;
-  Thread* running = nullptr;
-  std::string fault;
-  std::uint64_t progress = 0;
-  std::map<const void*, Mbar> mbars;
-  std::vector<std::unique_ptr<Fiber>> fibers;  // a pool
-  std::vector<Fiber*> free_fibers;
-  std::vector<unsigned char*> retired_shared;  // kept under TSan, so that no address means two things
-  char order = 0;                              // stands for the end of the launch
-};
-Machine machine;
-
-Thread& self() { return *machine.running; }
 
 std::string where(const Place& p) {
   char text[96];
@@ -386,20 +289,6 @@ void run_grid(const Launch& l) {
     for (auto& b : r->blocks) end_block(*b);
 }
 
-bool late() {
-  const Copies copies = static_cast<Copies>(machine.settings.copies);
-  return copies == Copies::lazy || (copies == Copies::random && machine.random() % 2);
-}
-
-// On the machine's behalf, as if the running thread did it.
-void transfer(void* to, const void* from, std::size_t bytes) {
-  Quiet::end();
-  touch(from, bytes, false);
-  touch(to, bytes, true);
-  Quiet::begin();
-  std::memcpy(to, from, bytes);
-}
-
 }  // namespace
 
 Settings& settings() { return machine.settings; }
@@ -573,309 +462,5 @@ void release(const void*) {}
 void acquire(const void*) {}
 void touch(const void*, std::size_t, bool) {}
 #endif
-
-// ---- asynchronous copies
-
-void copy16(void* shared, const void* global, int bytes) {
-  const Quiet quiet;
-  check_shared(shared, 16, 16, "cp.async");
-  require(reinterpret_cast<std::uintptr_t>(global) % 16 == 0, "cp.async: global address not 16-byte aligned");
-  require(bytes >= 0 && bytes <= 16, "cp.async: more than 16 bytes");
-  const auto copy = [=] {
-    if (bytes > 0) transfer(shared, global, static_cast<std::size_t>(bytes));
-    if (bytes < 16) transfer(static_cast<unsigned char*>(shared) + bytes, kZeros, static_cast<std::size_t>(16 - bytes));
-  };
-  if (late())
-    self().open.push_back(copy);
-  else
-    copy();
-}
-
-void copy_commit() {
-  const Quiet quiet;
-  Thread& t = self();
-  t.groups.push_back(std::move(t.open));
-  t.open.clear();
-}
-
-void copy_wait(unsigned groups) {
-  const Quiet quiet;
-  auto& waiting = self().groups;
-  for (; waiting.size() > groups; waiting.pop_front())
-    for (const Copy& copy : waiting.front()) copy();
-}
-
-namespace {
-
-Mbar& mbar_at(const unsigned long long* bar) {
-  require_sm90();
-  const auto found = machine.mbars.find(bar);
-  require(found != machine.mbars.end(), "an mbarrier that was not initialised");
-  touch(bar, sizeof *bar, false);
-  return found->second;
-}
-
-const void* phase_order(const unsigned long long* bar, unsigned phase) {
-  return reinterpret_cast<const char*>(bar) + phase * 4;
-}
-
-void complete_phase(Mbar& m) {
-  if (m.pending != 0 || m.bytes != 0) return;
-  m.phase ^= 1;
-  m.pending = m.count;
-  ++machine.progress;
-}
-
-// `copy` at some time between now and the end of the barrier's phase.
-void when_waited_for(unsigned long long* bar, std::int64_t bytes, Copy copy) {
-  Mbar& m = mbar_at(bar);
-  auto token = std::make_shared<char>();
-  release(token.get());
-  const Copy run = [=, copy = std::move(copy)] {
-    acquire(token.get());
-    copy();
-    Mbar& then = machine.mbars.at(bar);
-    release(phase_order(bar, then.phase));
-    then.bytes -= bytes;
-    complete_phase(then);
-  };
-  if (late())
-    m.copies.push_back(run);
-  else
-    run();
-}
-
-void run_copies(Mbar& m) {
-  const Quiet quiet;
-  std::vector<Copy> copies = std::move(m.copies);
-  m.copies.clear();
-  if (static_cast<Order>(machine.settings.order) == Order::random)
-    std::shuffle(copies.begin(), copies.end(), machine.random);
-  for (const Copy& copy : copies) copy();
-}
-
-}  // namespace
-
-void mbar_init(unsigned long long* bar, unsigned arrivals) {
-  require_sm90();
-  check_shared(bar, sizeof *bar, 8, "mbarrier");
-  require(arrivals > 0 && arrivals < 1u << 20, "an mbarrier must expect between 1 and 2^20 - 1 arrivals");
-  touch(bar, sizeof *bar, true);
-  const Quiet quiet;
-  machine.mbars[bar] = {arrivals, arrivals, 0, 0, {}};
-}
-
-void mbar_arrive(unsigned long long* bar, unsigned bytes) {
-  Mbar& m = mbar_at(bar);
-  require(m.pending > 0, "more arrivals at an mbarrier than it expects");
-  release(phase_order(bar, m.phase));
-  m.bytes += bytes;
-  --m.pending;
-  complete_phase(m);
-}
-
-void mbar_wait(unsigned long long* bar, unsigned parity) {
-  check_shared(bar, sizeof *bar, 8, "mbarrier");
-  require(parity < 2, "the parity of an mbarrier's phase is 0 or 1");
-  for (;;) {
-    Mbar& m = mbar_at(bar);
-    if (m.phase != parity) break;
-    run_copies(m);
-    if (m.phase != parity) break;
-    spin();
-  }
-  acquire(phase_order(bar, parity));
-}
-
-void bulk_copy(void* to, const void* from, unsigned bytes, unsigned long long* bar) {
-  const Quiet quiet;
-  require(bytes % 16 == 0 && reinterpret_cast<std::uintptr_t>(from) % 16 == 0 &&
-              reinterpret_cast<std::uintptr_t>(to) % 16 == 0,
-          "bulk copy: size or address not a multiple of 16");
-  when_waited_for(bar, bytes, [=] { transfer(to, from, bytes); });
-}
-
-void box_copy(void* shared, const void* map, int row, int col, unsigned long long* bar) {
-  const Quiet quiet;
-  Box box;
-  std::memcpy(&box, map, sizeof box);
-  require(box.magic == kBoxMagic, "tma_load: not a tensor map");
-  const std::int64_t width = std::int64_t{box.box_cols} * box.size;
-  check_shared(shared, static_cast<std::size_t>(width * box.box_rows), box.swizzle == 128 ? 1024 : 128, "tma_load");
-  const std::size_t offset = static_cast<std::size_t>(static_cast<unsigned char*>(shared) - dynamic_shared());
-  unsigned char* base = dynamic_shared();
-  when_waited_for(bar, width * box.box_rows, [=] {
-    for (std::int64_t r = 0; r < box.box_rows; ++r)
-      for (std::int64_t c = 0; c < box.box_cols; ++c) {
-        // The swizzle exchanges 16-byte groups according to address bits 7 and up.
-        const std::size_t at = offset + static_cast<std::size_t>(r * width + c * box.size);
-        unsigned char* to = base + (at ^ (at >> 3 & static_cast<std::size_t>(box.swizzle ? box.swizzle - 16 : 0)));
-        const std::int64_t i = row + r, j = col + c;
-        const bool inside = i >= 0 && i < box.rows && j >= 0 && j < box.cols;
-        transfer(to, inside ? box.data + i * box.pitch + j * box.size : kZeros, static_cast<std::size_t>(box.size));
-      }
-  });
-}
-
-// ---- what warps compute together
-
-void shuffle(void* const (&lanes)[32], unsigned mask) {
-  std::uint64_t values[32] = {};
-  for (unsigned l = 0; l < kWarp; ++l)
-    if (lanes[l]) values[l] = static_cast<const Shuffle*>(lanes[l])->value;
-  for (unsigned l = 0; l < kWarp; ++l) {
-    if (!lanes[l]) continue;
-    Shuffle& operand = *static_cast<Shuffle*>(lanes[l]);
-    operand.missing = !(mask >> operand.source & 1);
-    operand.value = values[operand.source];
-  }
-}
-
-void ballot(void* const (&lanes)[32], unsigned) {
-  std::uint64_t votes = 0;
-  for (unsigned l = 0; l < kWarp; ++l)
-    if (lanes[l] && *static_cast<const std::uint64_t*>(lanes[l])) votes |= std::uint64_t{1} << l;
-  for (void* lane : lanes)
-    if (lane) *static_cast<std::uint64_t*>(lane) = votes;
-}
-
-void match(void* const (&lanes)[32], unsigned) {
-  std::uint64_t values[32] = {};
-  for (unsigned l = 0; l < kWarp; ++l)
-    if (lanes[l]) values[l] = *static_cast<const std::uint64_t*>(lanes[l]);
-  for (unsigned l = 0; l < kWarp; ++l) {
-    if (!lanes[l]) continue;
-    std::uint64_t same = 0;
-    for (unsigned k = 0; k < kWarp; ++k)
-      if (lanes[k] && values[k] == values[l]) same |= std::uint64_t{1} << k;
-    *static_cast<std::uint64_t*>(lanes[l]) = same;
-  }
-}
-
-namespace {
-
-struct Rows {
-  unsigned* r;
-  const void* row;
-  int matrices;
-  bool transposed;
-};
-
-void exchange_rows(void* const (&lanes)[32], unsigned) {
-  const Rows& first = *static_cast<const Rows*>(lanes[0]);
-  for (unsigned l = 0; l < kWarp; ++l)
-    for (int m = 0; m < first.matrices; ++m) {
-      unsigned value = 0;
-      for (unsigned half = 0; half < 2; ++half) {
-        unsigned row = l / 4, col = l % 4 * 2 + half;
-        if (first.transposed) std::swap(row, col);
-        const auto source =
-            static_cast<const unsigned char*>(static_cast<const Rows*>(lanes[static_cast<unsigned>(m) * 8 + row])->row);
-        std::uint16_t entry;
-        std::memcpy(&entry, source + 2 * col, 2);
-        value |= static_cast<unsigned>(entry) << 16 * half;
-      }
-      static_cast<const Rows*>(lanes[l])->r[m] = value;
-    }
-}
-
-struct Fragments {
-  float* c;
-  const unsigned *a, *b;
-};
-
-float from_bits(unsigned bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Cut off below the 25 bits of the largest addend, add, and cut off to fp32.
-float add_truncating(float c, const double* products, int count) {
-  double largest = std::fabs(static_cast<double>(c)), sum = c;
-  for (int i = 0; i < count; ++i) {
-    largest = std::max(largest, std::fabs(products[i]));
-    sum += products[i];
-  }
-  if (!(largest > 0) || !std::isfinite(sum)) return static_cast<float>(sum);
-  int exponent;
-  std::frexp(largest, &exponent);
-  const double unit = std::ldexp(1.0, exponent - 25);
-  sum = std::trunc(c / unit);
-  for (int i = 0; i < count; ++i) sum += std::trunc(products[i] / unit);
-  sum *= unit;
-  const float nearest = static_cast<float>(sum);
-  if (std::fabs(static_cast<double>(nearest)) > std::fabs(sum)) return std::nextafterf(nearest, 0.0f);
-  return nearest;
-}
-
-float accumulate(float c, const double* products, int count) {
-  if (static_cast<Adder>(machine.settings.adder) == Adder::truncating) {
-    for (int i = 0; i < count; i += 8) c = add_truncating(c, products + i, std::min(8, count - i));
-    return c;
-  }
-  double sum = 0;
-  for (int i = 0; i < count; ++i) sum += products[i];
-  return static_cast<float>(c + sum);
-}
-
-// PTX's maps from lanes and registers to entries: a row has 4 lanes, each with kPer neighbouring entries.
-template <int K>
-void multiply(void* const (&lanes)[32], float (&a)[16][K], float (&b)[8][K]) {
-  for (unsigned l = 0; l < kWarp; ++l) {
-    const Fragments& f = *static_cast<const Fragments*>(lanes[l]);
-    for (unsigned i = 0; i < 4; ++i) {
-      const unsigned row = l / 4 + i / 2 * 8, col = l % 4 * 2 + i % 2;
-      double products[K];
-      for (int k = 0; k < K; ++k) products[k] = static_cast<double>(a[row][k]) * b[col][k];
-      f.c[i] = accumulate(f.c[i], products, K);
-    }
-  }
-}
-
-void multiply_bf16(void* const (&lanes)[32], unsigned) {
-  float a[16][16], b[8][16];
-  for (unsigned l = 0; l < kWarp; ++l) {
-    const Fragments& f = *static_cast<const Fragments*>(lanes[l]);
-    for (unsigned half = 0; half < 2; ++half) {
-      const auto entry = [&](unsigned bits) { return from_bits(half ? bits & 0xffff0000u : bits << 16); };
-      for (unsigned r = 0; r < 4; ++r) a[l / 4 + r % 2 * 8][l % 4 * 2 + half + r / 2 * 8] = entry(f.a[r]);
-      for (unsigned r = 0; r < 2; ++r) b[l / 4][l % 4 * 2 + half + r * 8] = entry(f.b[r]);
-    }
-  }
-  multiply(lanes, a, b);
-}
-
-void multiply_tf32(void* const (&lanes)[32], unsigned) {
-  float a[16][8], b[8][8];
-  const auto entry = [](unsigned bits) { return from_bits(bits & 0xffffe000u); };
-  for (unsigned l = 0; l < kWarp; ++l) {
-    const Fragments& f = *static_cast<const Fragments*>(lanes[l]);
-    for (unsigned r = 0; r < 4; ++r) a[l / 4 + r % 2 * 8][l % 4 + r / 2 * 4] = entry(f.a[r]);
-    for (unsigned r = 0; r < 2; ++r) b[l / 4][l % 4 + r * 4] = entry(f.b[r]);
-  }
-  multiply(lanes, a, b);
-}
-
-}  // namespace
-
-void load_matrices(unsigned* r, const void* row, int matrices, bool transposed) {
-  if (static_cast<int>(place().lane) < 8 * matrices) {
-    check_shared(row, 16, 16, "ldmatrix");
-    touch(row, 16, false);
-  }
-  Rows operand = {r, row, matrices, transposed};
-  collective(0xffffffffu, &operand, exchange_rows, false);
-}
-
-void mma_bf16_16816(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  Fragments operand = {c, a, b};
-  collective(0xffffffffu, &operand, multiply_bf16, false);
-}
-
-void mma_tf32_1688(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  Fragments operand = {c, a, b};
-  collective(0xffffffffu, &operand, multiply_tf32, false);
-}
 
 }  // namespace simt

@@ -23,7 +23,7 @@ enum class Copies : int { lazy, eager, random };
 // largest addend's 25 bits.
 enum class Adder : int { exact, truncating };
 
-// The emulated device, and how it behaves. One per process, set from Python: keep in step with conftest.py.
+// The emulated device, and how it behaves. One per process, set from Python: keep in step with emulated.py.
 struct Settings {
   int arch = 80;
   int sm_count = 2;
