@@ -29,9 +29,9 @@ from triton.compiler import ASTSource
 class Example(NamedTuple):
     """Arguments of one launch on the CPU, for an interpreter or an emulator.
 
-    ``args`` stand in signature order without the constexprs: tensors, ints, floats. ``reachable`` are the tensors that
-    the kernel reaches through pointer tables alone. ``check`` compares the outputs with fp64 truth once the launch is
-    over and raises AssertionError.
+    ``args`` stand in signature order without the constexprs: tensors, ints, floats, tuples of ints, which a compiled
+    kernel takes one by one. ``reachable`` are the tensors that the kernel reaches through pointer tables alone.
+    ``check`` compares the outputs with fp64 truth once the launch is over and raises AssertionError.
     """
 
     args: list[Any]
@@ -49,7 +49,7 @@ class Entry:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constexprs: dict[str, Any]
     options: dict[str, Any]
     examples: tuple[Callable[[], Example], ...]

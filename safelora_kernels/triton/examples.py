@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends import reference
 from . import complement, salora
 from .aot import CUDA_TARGETS, Entry, Example, close
-from .tables import Launch
+from .tables import PIECE, Launch, writes
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 HIP_TARGETS = ("gfx942",)
@@ -22,19 +22,6 @@ AMD, NVIDIA = "gfx942", "sm_80"
 
 Types = tuple[torch.dtype, torch.dtype]
 Made = tuple[Launch, list[Tensor], Callable[[], None]]
-_POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-
-
-def _type(value: object) -> str:
-    if isinstance(value, Tensor):
-        return _POINTERS[value.dtype]
-    return "fp32" if isinstance(value, float) else "i32"
 
 
 def _entry(
@@ -52,7 +39,7 @@ def _entry(
     return Entry(
         name,
         launch.kernel,
-        dict(zip(launch.kernel.arg_names, map(_type, launch.args), strict=False)),
+        launch.signature(),
         launch.constexprs,
         launch.options,
         tuple(partial(example, make) for make in examples),
@@ -229,7 +216,23 @@ def _salora_entries(arch: str) -> list[Entry]:
     ]
 
 
+def _write(part: int) -> Made:
+    """One launch of two."""
+    values = torch.tensor([0, 1, -1, 16, 1 << 47, -(1 << 40)]).repeat(85)[: 2 * PIECE - 5]
+    table = torch.full((2 * PIECE,), 7)
+    truth = torch.full_like(table, 7)
+    own = slice(part * PIECE, (part + 1) * PIECE)
+    truth[own] = torch.nn.functional.pad(values, (0, 5))[own]
+
+    def check() -> None:
+        if not torch.equal(table, truth):
+            raise AssertionError(f"wrote {table.tolist()}, expected {truth.tolist()}")
+
+    return list(writes(values, table))[part], [], check
+
+
 ENTRIES = [
+    _entry("write_table", [partial(_write, 0), partial(_write, 1)], "", False, ()),
     *_complement_entries(NVIDIA),
     *_salora_entries(NVIDIA),
     *_complement_entries(AMD),

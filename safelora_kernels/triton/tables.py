@@ -6,7 +6,8 @@ A kernel that serves many layers finds their matrices in an int64 table: the add
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -43,15 +44,18 @@ class Launch(NamedTuple):
     constexprs: dict[str, Any]
     options: dict[str, Any]
 
-    def signature(self) -> dict[str, str]:
+    def signature(self) -> dict[str, Any]:
         """The types of the arguments, as Triton's compiler names them."""
         declared = self.kernel.fn.__annotations__
-        return {
-            name: _NAMES[value.dtype]
-            if isinstance(value, Tensor)
-            else str(declared.get(name, "i32")).replace("tl.int", "i")
-            for name, value in zip(self.kernel.arg_names, self.args, strict=False)
-        }
+
+        def type_of(name: str, value: Any) -> Any:
+            if isinstance(value, tuple):
+                return ("i64",) * len(value)
+            if isinstance(value, float):
+                return "fp32"
+            return _NAMES[value.dtype] if isinstance(value, Tensor) else declared.get(name, "i32").replace("tl.int", "i")
+
+        return {name: type_of(name, value) for name, value in zip(self.kernel.arg_names, self.args, strict=False)}
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:
@@ -85,23 +89,68 @@ def is_wide(matrix: Tensor, elements: int) -> bool:
     )
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether launches on the current stream of ``device`` go into a graph that is replayed later."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def upload(device: torch.device, *tables: Sequence[int] | Tensor) -> list[Tensor]:
-    """int64 tables on the device, each 16-byte aligned: one staging buffer, one copy that the host does not await."""
+    """int64 tables on the device, each 16-byte aligned, without the host awaiting anything.
+
+    A graph must keep what it replays, and it keeps the arguments of kernels, not memory of the host: during a capture
+    the tables travel as arguments. Otherwise as one copy, from memory that PyTorch gives out again only behind it.
+    """
     parts = [torch.as_tensor(table, dtype=torch.int64).flatten() for table in tables]
     sizes = [part.numel() + part.numel() % 2 for part in parts]
-    staging = torch.zeros(max(sum(sizes), 2), dtype=torch.int64, pin_memory=device.type == "cuda")
-    first = 0
-    firsts = []
-    for part, size in zip(parts, sizes, strict=True):
-        staging[first : first + part.numel()] = part
-        firsts.append(first)
-        first += size
-    there = staging.to(device, non_blocking=True)
+    with on(device):
+        captured = capturing(device)
+        staging = torch.zeros(max(sum(sizes), 2), dtype=torch.int64, pin_memory=device.type == "cuda" and not captured)
+        first = 0
+        firsts = []
+        for part, size in zip(parts, sizes, strict=True):
+            staging[first : first + part.numel()] = part
+            firsts.append(first)
+            first += size
+        if captured:
+            there = torch.empty(cdiv(len(staging), PIECE) * PIECE, dtype=torch.int64, device=device)
+            run(writes(staging, there), device)
+        else:
+            _load_write_kernel(device)
+            there = staging.to(device, non_blocking=True)
     return [there[start : start + max(part.numel(), 1)] for start, part in zip(firsts, parts, strict=True)]
+
+
+PIECE = 256  # of a table in one launch: 2 KiB of arguments, of the 4 that every chip takes
+
+
+def writes(values: Tensor, table: Tensor) -> Iterator[Launch]:
+    """Launches that write ``values`` to ``table``, whose length is a multiple of PIECE."""
+    # Odd and beyond 32 bits: Triton compiles a kernel anew for arguments that differ in being 1, a multiple of 16 or
+    # an int32.
+    encoded = torch.nn.functional.pad(values, (0, len(table) - len(values))) * 2 + OFFSET.value
+    for number, part in enumerate(encoded.split(PIECE)):
+        yield Launch(write_kernel, (1,), (table, number, tuple(part.tolist())), {"N": PIECE}, {"num_warps": 1})
+
+
+@functools.cache
+def _load_write_kernel(device: torch.device) -> None:
+    """Compiles and loads it, which a capture may not allow."""
+    if device.type == "cuda":
+        run(writes(torch.zeros(1, dtype=torch.int64), torch.empty(PIECE, dtype=torch.int64, device=device)), device)
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+OFFSET = tl.constexpr((1 << 62) + 1)
+
+
+@triton.jit(do_not_specialize=["part", "values"])
+def write_kernel(table, part, values, N: tl.constexpr):
+    """Entries [part N, part N + N) of a table; ``values`` hold 2 x + OFFSET for an entry x."""
+    for i in tl.static_range(N):
+        tl.store(table + part * N + i, (values[i] - OFFSET) >> 1)
 
 
 @triton.jit

@@ -68,14 +68,15 @@ def _module(text: str) -> Any:
 def launch(compiled: Any, text: str, example: aot.Example, race: bool = True, **schedule: Any) -> None:
     module, metadata = _module(text), compiled.metadata
     assert not metadata.global_scratch_size
-    scratch = [None] * (len(module._k[metadata.name]["params"]) - len(example.args))
+    args = [part for value in example.args for part in (value if isinstance(value, tuple) else (value,))]
+    scratch = [None] * (len(module._k[metadata.name]["params"]) - len(args))
     grid = (*example.grid, 1, 1)[:3]
     threads = metadata.num_warps * 32
     module.launch(
         metadata.name,
         grid,
         threads,
-        [*example.args, *scratch],
+        [*args, *scratch],
         shared_bytes=metadata.shared,
         extra=example.reachable,
         race=race,
