@@ -8,15 +8,19 @@
 #include <string>
 
 #include "gram_cosine.cuh"
+#include "plan.h"
 
 namespace safelora::cuda {
 namespace {
 
-constexpr std::int64_t kWorkspace = std::int64_t{128} << 20;  // of the layers that are worked on at a time
-constexpr std::int64_t kUnitBytes = 64 << 10;                 // of both weights that one task reads
-constexpr std::int64_t kEnoughTasks = 128;                    // between two that add to the same sums
-constexpr std::int64_t kMaxChunk = 1024;                      // rows whose products a tensor core adds up
-constexpr int kBlocksPerProcessor = 3;                        // more would spread the tasks over more of L2
+#if !defined(SAFELORA_PROJECT_WORKSPACE)
+#define SAFELORA_PROJECT_WORKSPACE 128 << 20
+#endif
+constexpr std::int64_t kWorkspace = SAFELORA_PROJECT_WORKSPACE;  // of the layers that are worked on at a time
+constexpr std::int64_t kUnitBytes = 64 << 10;                    // of both weights that one task reads
+constexpr std::int64_t kEnoughTasks = 128;                       // between two that add to the same sums
+constexpr std::int64_t kMaxChunk = 1024;                         // rows whose products a tensor core adds up
+constexpr int kBlocksPerProcessor = 3;                           // more would spread the tasks over more of L2
 constexpr int kMaxLag = 4;
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return ceil_div(n, unit) * unit; }
@@ -84,8 +88,6 @@ std::int64_t pair_bytes(const ProjectLayer& layer) { return size_of(layer.aligne
 // A strip and the ones whose second reads are still to come share L2 with everything else.
 std::int64_t strip_bytes(std::int64_t l2_bytes) { return l2_bytes / 5; }
 
-std::int64_t l2_size(const Device& device) { return device.l2_bytes > 0 ? device.l2_bytes : std::int64_t{40} << 20; }
-
 bool direct(const ProjectLayer& layer) {
   return layer.aligned.dtype == layer.base.dtype && strided(layer.aligned).lines == Lines::rows &&
          strided(layer.base).lines == Lines::rows;
@@ -118,7 +120,8 @@ bool needs_wide(const ProjectFactor& f, bool f64) {
   return f.projected.dtype != (f64 ? DType::f64 : DType::f32);
 }
 
-LayerPlan plan_layer(const ProjectLayer& layer, const Device& device, Arena& arena) {
+// `wide` is for what may have to last longer than the rest.
+LayerPlan plan_layer(const ProjectLayer& layer, const Device& device, Arena& arena, Arena& wide) {
   LayerPlan plan = {};
   const std::int64_t rows = layer.aligned.rows, cols = layer.aligned.cols;
   plan.layer = &layer;
@@ -151,7 +154,7 @@ LayerPlan plan_layer(const ProjectLayer& layer, const Device& device, Arena& are
   }
   plan.squares = arena.take<double>(plan.parts);
   for (const ProjectFactor& f : layer.factors)
-    plan.wide.push_back(needs_wide(f, plan.f64) ? arena.take<char>(rows * f.lora_B.cols * size) : nullptr);
+    plan.wide.push_back(needs_wide(f, plan.f64) ? wide.take<char>(rows * f.lora_B.cols * size) : nullptr);
   return plan;
 }
 
@@ -455,6 +458,51 @@ Traffic traffic(const ProjectLayer& layer, const TicketShape& s, int panel) {
   return t;
 }
 
+// An adapter whose result waits for the selection.
+struct Undecided {
+  const ProjectFactor* factor;
+  const void* wide;  // B' before it is rounded, or nullptr where `projected` has it
+  bool f64;
+};
+
+void project(const std::vector<ProjectLayer>& layers, Normalize normalize, const Stream& stream,
+             std::vector<Undecided>* undecided) {
+  for (const ProjectLayer& layer : layers) check(layer);
+  const Device& device = stream.device;
+  // Layers go in runs that share one workspace; what is undecided outlives them.
+  std::vector<std::pair<std::size_t, std::size_t>> runs;
+  std::int64_t most = 0;
+  Arena kept;
+  for (std::size_t i = 0; i < layers.size();) {
+    Arena arena;
+    const std::size_t first = i;
+    do plan_layer(layers[i++], device, arena, undecided ? kept : arena);
+    while (i < layers.size() && arena.used() < kWorkspace);
+    runs.emplace_back(first, i);
+    most = std::max(most, arena.used());
+  }
+  void* workspace = runs.empty() ? nullptr : allocate<char>(static_cast<std::size_t>(most), stream);
+  if (kept.used() > 0) kept = Arena(allocate<char>(static_cast<std::size_t>(kept.used()), stream));
+  for (const auto& [first, last] : runs) {
+    Arena arena(workspace);
+    std::vector<LayerPlan> plans;
+    for (std::size_t i = first; i < last; ++i)
+      plans.push_back(plan_layer(layers[i], device, arena, undecided ? kept : arena));
+    pack(plans, stream);
+    run_tickets(plans, stream);
+    run_exact(plans, false, stream);
+    run_exact(plans, true, stream);
+    norms(plans, normalize, stream);
+    finish(plans, stream);
+    cosines(plans, stream);
+    if (undecided)
+      for (const LayerPlan& plan : plans)
+        for (std::size_t i = 0; i < plan.wide.size(); ++i)
+          if (plan.layer->factors[i].lora_B.cols > 0)
+            undecided->push_back({&plan.layer->factors[i], plan.wide[i], plan.f64});
+  }
+}
+
 }  // namespace
 
 TicketShape ticket_shape(const ProjectLayer& layer, const Device& device) {
@@ -479,8 +527,8 @@ TicketShape ticket_shape(const ProjectLayer& layer, const Device& device) {
   return s;
 }
 
-ProjectPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& device) {
-  ProjectPlan plan;
+OpPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& device) {
+  OpPlan plan;
   for (const ProjectLayer& layer : layers) {
     const std::int64_t rows = layer.aligned.rows, cols = layer.aligned.cols, rank = total_rank(layer);
     const std::int64_t weights = rows * cols * pair_bytes(layer);
@@ -489,6 +537,10 @@ ProjectPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& 
       factors += rows * f.lora_B.cols * (size_of(f.lora_B.dtype) + size_of(f.projected.dtype));
     plan.compulsory_bytes += weights + factors;
     plan.flops += 4 * rows * cols * rank;
+    Arena arena;
+    plan_layer(layer, device, arena, arena);
+    plan.workspace_bytes = std::min(plan.workspace_bytes + arena.used(), std::max(kWorkspace, arena.used()));
+    plan.shared_bytes = std::max<std::int64_t>(plan.shared_bytes, exact(layer) ? kExactShared : kTicketShared);
     if (exact(layer)) {
       plan.dram_bytes += 2 * weights + factors;
       continue;
@@ -510,8 +562,20 @@ ProjectPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& 
   return plan;
 }
 
+OpPlan& OpPlan::operator+=(const OpPlan& other) {
+  compulsory_bytes += other.compulsory_bytes;
+  dram_bytes += other.dram_bytes;
+  l2_bytes += other.l2_bytes;
+  flops += other.flops;
+  mma_flops += other.mma_flops;
+  l2_window = std::max(l2_window, other.l2_window);
+  workspace_bytes += other.workspace_bytes;
+  shared_bytes = std::max(shared_bytes, other.shared_bytes);
+  return *this;
+}
+
 extern "C" void safelora_plan_project(std::int64_t d_out, std::int64_t d_in, std::int64_t rank, DType weight,
-                                      DType factor, int arch, int sm_count, std::int64_t l2_bytes, ProjectPlan* plan) {
+                                      DType factor, int arch, int sm_count, std::int64_t l2_bytes, OpPlan* plan) {
   ProjectLayer layer;
   layer.aligned = layer.base = {nullptr, weight, d_out, d_in, d_in, 1};
   layer.factors.resize(1);
@@ -525,32 +589,36 @@ extern "C" void safelora_plan_project(std::int64_t d_out, std::int64_t d_in, std
 }
 
 void project_layers(const std::vector<ProjectLayer>& layers, Normalize normalize, const Stream& stream) {
-  for (const ProjectLayer& layer : layers) check(layer);
-  const Device& device = stream.device;
-  // Layers go in runs that share one workspace.
-  std::vector<std::pair<std::size_t, std::size_t>> runs;
+  project(layers, normalize, stream, nullptr);
+}
+
+void project_selected_layers(const std::vector<ProjectLayer>& layers, Normalize normalize, const Selection& selection,
+                             const double* cosines, std::int64_t n, bool* selected, const Stream& stream) {
+  for (const ProjectLayer& layer : layers)
+    for (const ProjectFactor& f : layer.factors)
+      if (f.cosine < cosines || f.cosine >= cosines + n)
+        throw std::invalid_argument("project_selected_layers: an adapter's cosine is not one of those selected from");
+  std::vector<Undecided> undecided;
+  project(layers, normalize, stream, &undecided);
+  if (selection.threshold)
+    select_by_threshold(cosines, n, *selection.threshold, selection.rule, selected, stream);
+  else
+    select_lowest(cosines, n, selection.num_layers, selection.rule, selected, stream);
+  std::vector<KeepItem> items;
   std::int64_t most = 0;
-  for (std::size_t i = 0; i < layers.size();) {
-    Arena arena;
-    const std::size_t first = i;
-    do plan_layer(layers[i++], device, arena);
-    while (i < layers.size() && arena.used() < kWorkspace);
-    runs.emplace_back(first, i);
-    most = std::max(most, arena.used());
+  for (const Undecided& u : undecided) {
+    const Matrix& out = u.factor->projected;
+    items.push_back({strided(u.factor->lora_B), selected + (u.factor->cosine - cosines), u.wide, out.data,
+                     out.row_stride, out.col_stride, static_cast<std::int32_t>(out.rows),
+                     static_cast<std::int32_t>(out.cols), out.dtype, u.f64});
+    most = std::max(most, ceil_div(out.rows, kBlockRows));
   }
-  void* workspace = runs.empty() ? nullptr : allocate<char>(static_cast<std::size_t>(most), stream);
-  for (const auto& [first, last] : runs) {
-    Arena arena(workspace);
-    std::vector<LayerPlan> plans;
-    for (std::size_t i = first; i < last; ++i) plans.push_back(plan_layer(layers[i], device, arena));
-    pack(plans, stream);
-    run_tickets(plans, stream);
-    run_exact(plans, false, stream);
-    run_exact(plans, true, stream);
-    norms(plans, normalize, stream);
-    finish(plans, stream);
-    cosines(plans, stream);
-  }
+  auto params = std::make_unique<KeepParams>();
+  in_tables(items, params->items, [&](std::int32_t count) {
+    launch("project_keep",
+           {.grid_x = static_cast<unsigned>(most), .grid_y = static_cast<unsigned>(count), .block = kProjectThreads},
+           *params, stream);
+  });
 }
 
 }  // namespace safelora::cuda

@@ -760,6 +760,33 @@ SAFELORA_DEVICE void finish(const FinishParams& p) {
     finish_item<float>(item);
 }
 
+template <class T>
+SAFELORA_DEVICE void keep_item(const KeepItem& item) {
+  const bool selected = *item.selected;
+  if (selected && item.wide == nullptr) return;
+  const int rows = min(kBlockRows, item.rows - static_cast<int>(blockIdx.x) * kBlockRows);
+  for (int e = threadIdx.x; e < rows * item.columns; e += kProjectThreads) {
+    const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * kBlockRows + e / item.columns;
+    const int column = e % item.columns;
+    const T value = selected ? static_cast<const T*>(item.wide)[row * item.columns + column]
+                             : load_entry<T>(item.lora_B, row, column);
+    const std::int64_t to = row * item.out_row + column * item.out_col;
+    if constexpr (std::is_same_v<T, double>)
+      store_double(item.out, item.out_dtype, to, value);
+    else
+      store_float(item.out, item.out_dtype, to, value);
+  }
+}
+
+SAFELORA_DEVICE void keep(const KeepParams& p) {
+  const KeepItem& item = p.items[blockIdx.y];
+  if (static_cast<std::int64_t>(blockIdx.x) * kBlockRows >= item.rows) return;
+  if (item.f64)
+    keep_item<double>(item);
+  else
+    keep_item<float>(item);
+}
+
 }  // namespace
 
 SAFELORA_KERNEL(project_pack, PackParams, kProjectThreads) { pack(params.items[blockIdx.y]); }
@@ -778,5 +805,6 @@ SAFELORA_KERNEL(project_exact_second_f32, ExactParams, kProjectThreads) { exact_
 SAFELORA_KERNEL(project_exact_second_f64, ExactParams, kProjectThreads) { exact_second<double>(params); }
 SAFELORA_KERNEL(project_norm, NormParams, kProjectThreads) { norm(params); }
 SAFELORA_KERNEL(project_finish, FinishParams, kProjectThreads) { finish(params); }
+SAFELORA_KERNEL(project_keep, KeepParams, kProjectThreads) { keep(params); }
 
 }  // namespace safelora::cuda

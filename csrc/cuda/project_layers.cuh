@@ -36,6 +36,7 @@ constexpr int kTicketItems = 176;
 constexpr int kExactItems = 224;
 constexpr int kNormItems = 256;
 constexpr int kFinishItems = 224;
+constexpr int kKeepItems = 320;
 
 // Bytes of a factor's fragments for `k` (padded to 64) rows and a panel of `n` columns.
 inline std::int64_t factor_bytes(std::int64_t k, int n) { return ceil_div(k, kBlockRows) * kBlockRows * n * 4; }
@@ -119,8 +120,23 @@ struct FinishParams {
   FinishItem items[kFinishItems];
 };
 
+// ---- the result of the adapters that were not selected, and the rounded one of those that were
+struct KeepItem {
+  Strided lora_B;
+  const bool* selected;
+  const void* wide;  // contiguous, fp32 or fp64; nullptr: `out` holds B' already
+  void* out;
+  std::int64_t out_row, out_col;
+  std::int32_t rows, columns;
+  DType out_dtype;
+  bool f64;
+};
+struct KeepParams {
+  KeepItem items[kKeepItems];
+};
+
 static_assert(sizeof(PackParams) <= 32764 && sizeof(TicketParams) <= 32764 && sizeof(ExactParams) <= 32764 &&
-              sizeof(NormParams) <= 32764 && sizeof(FinishParams) <= 32764);
+              sizeof(NormParams) <= 32764 && sizeof(FinishParams) <= 32764 && sizeof(KeepParams) <= 32764);
 
 // ---- planning
 // How a layer is cut. Only the strips, which decide about no sum, follow the true size of L2.
@@ -147,21 +163,5 @@ struct PanelPlan {
 // after pack_kernel and before finish_kernel on the same stream, and may allocate through the stream.
 ClusterShape cluster_fits(const ProjectLayer& layer, int panel, const Device& device);
 void launch_project_cluster(const std::vector<PanelPlan>& panels, const Stream& stream);
-
-// Predicted work of a call, in bytes and floating-point operations.
-struct ProjectPlan {
-  std::int64_t compulsory_bytes = 0;  // each weight and factor once, each result once
-  std::int64_t dram_bytes = 0;        // with strips that stay in L2 between their two reads
-  std::int64_t l2_bytes = 0;          // everything that leaves L2 for a multiprocessor, or comes back
-  std::int64_t flops = 0;             // of the formula: 4·d_out·d_in·rank
-  std::int64_t mma_flops = 0;         // of the tensor cores: three products of the split, padded panels
-  std::int64_t l2_window = 0;         // bytes that must stay in L2
-};
-ProjectPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& device);
-
-// The same for one contiguous layer with one adapter, for callers without C++.
-extern "C" SAFELORA_API void safelora_plan_project(std::int64_t d_out, std::int64_t d_in, std::int64_t rank,
-                                                   DType weight, DType factor, int arch, int sm_count,
-                                                   std::int64_t l2_bytes, ProjectPlan* plan);
 
 }  // namespace safelora::cuda

@@ -26,41 +26,70 @@ inline void check_salora(const ConstMatrix& x, const ConstMatrix& output, const 
   check_shape(basis, "basis", output.cols, basis.cols);
 }
 
+inline Normalize normalization(const std::string& name) {
+  STD_TORCH_CHECK(name == "frobenius" || name == "none", "normalize must be 'frobenius' or 'none', got '", name, "'");
+  return name == "none" ? Normalize::none : Normalize::frobenius;
+}
+
+inline SelectRule selection_rule(const std::optional<double>& threshold, const std::optional<std::int64_t>& num_layers,
+                                 const std::string& name) {
+  STD_TORCH_CHECK(threshold.has_value() != num_layers.has_value(), "give threshold or num_layers, and only one");
+  STD_TORCH_CHECK(!num_layers || *num_layers >= 0, "num_layers must be 0 or more, got ", num_layers.value_or(0));
+  STD_TORCH_CHECK(name == "strict" || name == "authors", "rule must be 'strict' or 'authors', got '", name, "'");
+  return name == "strict" ? SelectRule::strict : SelectRule::authors;
+}
+
+// The layers of a projection, and where its results go.
+struct Projection {
+  std::vector<ProjectLayer> layers;
+  Tensors projected;
+  Tensor v_norm, cosine;
+};
+
 template <class Target>
-std::tuple<Tensors, Tensor, Tensor> project_layers_op(Tensors aligned, Tensors base, Tensors lora_B, Tensors lora_A,
-                                                      std::vector<std::int64_t> layer_of, std::string normalize,
-                                                      std::optional<ScalarType> out_dtype) {
+Projection projection(const Target& target, const Tensors& aligned, const Tensors& base, const Tensors& lora_B,
+                      const Tensors& lora_A, const std::vector<std::int64_t>& layer_of,
+                      const std::optional<ScalarType>& out_dtype) {
   check_length(base.size(), aligned.size(), "base");
   check_length(lora_A.size(), lora_B.size(), "lora_A");
   check_length(layer_of.size(), lora_B.size(), "layer_of");
-  STD_TORCH_CHECK(normalize == "frobenius" || normalize == "none", "normalize must be 'frobenius' or 'none', got '",
-                  normalize, "'");
-  const Target target(aligned.empty() ? nullptr : &aligned[0]);
-  Tensor v_norm = target.fp64_vector(aligned, aligned.size()), cosine = target.fp64_vector(aligned, lora_B.size());
-  std::vector<ProjectLayer> layers(aligned.size());
-  for (std::size_t i = 0; i < layers.size(); ++i) {
-    layers[i].aligned = target.view(aligned[i], "aligned");
-    layers[i].base = target.view(base[i], "base");
-    check_shape(layers[i].base, "base", layers[i].aligned.rows, layers[i].aligned.cols);
-    layers[i].v_norm = v_norm.mutable_data_ptr<double>() + i;
+  Projection p;
+  p.v_norm = target.fp64_vector(aligned, aligned.size());
+  p.cosine = target.fp64_vector(aligned, lora_B.size());
+  p.layers.resize(aligned.size());
+  for (std::size_t i = 0; i < p.layers.size(); ++i) {
+    ProjectLayer& layer = p.layers[i];
+    layer.aligned = target.view(aligned[i], "aligned");
+    layer.base = target.view(base[i], "base");
+    check_shape(layer.base, "base", layer.aligned.rows, layer.aligned.cols);
+    layer.v_norm = p.v_norm.template mutable_data_ptr<double>() + i;
   }
-  Tensors projected;
-  projected.reserve(lora_B.size());
+  p.projected.reserve(lora_B.size());
   for (std::size_t f = 0; f < lora_B.size(); ++f) {
     const std::int64_t l = layer_of[f];
-    STD_TORCH_CHECK(l >= 0 && l < static_cast<std::int64_t>(layers.size()), "layer_of[", f, "] = ", l,
-                    " is no layer; there are ", layers.size());
-    ProjectLayer& layer = layers[static_cast<std::size_t>(l)];
-    projected.push_back(target.new_results(lora_B[f], {lora_B[f].size(0), lora_B[f].size(1)},
-                                           out_dtype ? *out_dtype : lora_B[f].scalar_type()));
+    STD_TORCH_CHECK(l >= 0 && l < static_cast<std::int64_t>(p.layers.size()), "layer_of[", f, "] = ", l,
+                    " is no layer; there are ", p.layers.size());
+    ProjectLayer& layer = p.layers[static_cast<std::size_t>(l)];
+    p.projected.push_back(target.new_results(lora_B[f], {lora_B[f].size(0), lora_B[f].size(1)},
+                                             out_dtype ? *out_dtype : lora_B[f].scalar_type()));
     ProjectFactor factor = {target.view(lora_B[f], "lora_B"), target.view(lora_A[f], "lora_A"),
-                            target.mutable_view(projected[f], "the result"), cosine.mutable_data_ptr<double>() + f};
+                            target.mutable_view(p.projected[f], "the result"),
+                            p.cosine.template mutable_data_ptr<double>() + f};
     check_shape(factor.lora_B, "lora_B", layer.aligned.rows, factor.lora_B.cols);
     if (factor.lora_A.rows > 0) check_shape(factor.lora_A, "lora_A", factor.lora_B.cols, layer.aligned.cols);
     layer.factors.push_back(factor);
   }
-  project_layers(layers, normalize == "none" ? Normalize::none : Normalize::frobenius, target.context);
-  return {std::move(projected), v_norm, cosine};
+  return p;
+}
+
+template <class Target>
+std::tuple<Tensors, Tensor, Tensor> project_layers_op(Tensors aligned, Tensors base, Tensors lora_B, Tensors lora_A,
+                                                      std::vector<std::int64_t> layer_of, std::string normalize,
+                                                      std::optional<ScalarType> out_dtype) {
+  const Target target(aligned.empty() ? nullptr : &aligned[0]);
+  Projection p = projection(target, aligned, base, lora_B, lora_A, layer_of, out_dtype);
+  project_layers(p.layers, normalization(normalize), target.context);
+  return {std::move(p.projected), p.v_norm, p.cosine};
 }
 
 template <class Target>
@@ -84,10 +113,7 @@ template <class Target>
 Tensor select_layers_op(Tensor cosines, std::optional<double> threshold, std::optional<std::int64_t> num_layers,
                         std::string rule) {
   STD_TORCH_CHECK(cosines.dim() == 1, "cosines must be 1-D, got ", cosines.dim(), "-D");
-  STD_TORCH_CHECK(threshold.has_value() != num_layers.has_value(), "give threshold or num_layers, and only one");
-  STD_TORCH_CHECK(!num_layers || *num_layers >= 0, "num_layers must be 0 or more, got ", num_layers.value_or(0));
-  STD_TORCH_CHECK(rule == "strict" || rule == "authors", "rule must be 'strict' or 'authors', got '", rule, "'");
-  const SelectRule selection = rule == "strict" ? SelectRule::strict : SelectRule::authors;
+  const SelectRule selection = selection_rule(threshold, num_layers, rule);
   const std::int64_t n = cosines.size(0);
   const Tensor values = torch::stable::contiguous(torch::stable::to(cosines, ScalarType::Double));
   const Target target(&values);

@@ -254,7 +254,8 @@ def library(variant: str, sources: tuple[Path, ...] | None = None) -> Path:
             ROOT / "csrc" / "torch" / "cuda_library.cpp",
             ROOT / "csrc" / "cpu" / "debug.cpp",
         ]
-    names = [f"-DSAFELORA_NAMESPACE={namespace}", "-DSAFELORA_KEY=CPU"]
+    # With room for one or two layers at a time, so that tests of several see them go in runs.
+    names = [f"-DSAFELORA_NAMESPACE={namespace}", "-DSAFELORA_KEY=CPU", "-DSAFELORA_PROJECT_WORKSPACE=65536"]
     jobs = [(path, names) for path in (*common, *host)]
     if variant != "ptx":
         jobs = [*((path, []) for path in kernels), *jobs]

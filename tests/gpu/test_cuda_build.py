@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from safelora_kernels.backends import cuda as backend
-from safelora_kernels.backends import reference
 from safelora_kernels.schemas import SCHEMAS
 
 from ..packaging.building import JOBS, ROOT, run, tool
@@ -27,7 +26,7 @@ from .emulated import CACHE, CUDA, need
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 MOST_REGISTERS = 255
-OPS = sorted(set(SCHEMAS) - set(reference.COMPOSED))
+OPS = sorted(SCHEMAS)
 
 
 @pytest.fixture(scope="session")

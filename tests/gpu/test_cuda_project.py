@@ -180,11 +180,14 @@ def test_nothing_to_do() -> None:
 
 
 class Plan(ctypes.Structure):
-    """safelora::cuda::ProjectPlan."""
+    """safelora::cuda::OpPlan."""
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
-        for name in ("compulsory_bytes", "dram_bytes", "l2_bytes", "flops", "mma_flops", "l2_window")
+        for name in (  # fmt: skip
+            "compulsory_bytes", "dram_bytes", "l2_bytes", "flops", "mma_flops", "l2_window", "workspace_bytes",
+            "shared_bytes",
+        )
     )
 
 

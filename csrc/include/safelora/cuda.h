@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <vector>
 
 #include "safelora/kernels.h"
@@ -40,6 +41,19 @@ struct Stream {
 SAFELORA_API Stream stream_with_pool(void* handle, int device_index);
 
 SAFELORA_API void project_layers(const std::vector<ProjectLayer>& layers, Normalize normalize, const Stream& stream);
+
+// Among all adapters of a call: those whose cosine falls under the threshold or, without one, the num_layers smallest.
+struct Selection {
+  std::optional<double> threshold;
+  std::int64_t num_layers = 0;
+  SelectRule rule = SelectRule::strict;
+};
+
+// project_layers, and the selection from its n cosines, into which every adapter's `cosine` must point; `projected` is
+// lora_B wherever selected[f.cosine - cosines] comes out false.
+SAFELORA_API void project_selected_layers(const std::vector<ProjectLayer>& layers, Normalize normalize,
+                                          const Selection& selection, const double* cosines, std::int64_t n,
+                                          bool* selected, const Stream& stream);
 SAFELORA_API void update_cosine(const std::vector<CosineItem>& items, double* cosines, const Stream& stream);
 SAFELORA_API void select_by_threshold(const double* cosines, std::int64_t n, double threshold, SelectRule rule,
                                       bool* selected, const Stream& stream);

@@ -1,0 +1,39 @@
+// What calls cost, counted from the launches that they would make: bytes, operations, memory. No device is asked.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "safelora/cuda.h"
+
+namespace safelora::cuda {
+
+inline std::int64_t l2_size(const Device& device) {
+  return device.l2_bytes > 0 ? device.l2_bytes : std::int64_t{40} << 20;
+}
+
+// How many tf32 numbers an entry is multiplied as; of two factors in two parts, low·low is left out.
+inline int parts(const ConstMatrix& m) { return m.dtype == DType::f32 ? 2 : 1; }
+
+struct OpPlan {
+  std::int64_t compulsory_bytes = 0;  // every input once, every result once
+  std::int64_t dram_bytes = 0;        // with what is read again soon coming from L2, where l2_window fits
+  std::int64_t l2_bytes = 0;          // everything that leaves L2 for a multiprocessor, or comes back
+  std::int64_t flops = 0;             // of the formula
+  std::int64_t mma_flops = 0;         // of the tensor cores, or in fp64: products of split operands, padding
+  std::int64_t l2_window = 0;         // bytes that must stay in L2
+  std::int64_t workspace_bytes = 0;   // at a time
+  std::int64_t shared_bytes = 0;      // of the block that takes most
+
+  OpPlan& operator+=(const OpPlan& other);
+};
+
+OpPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& device);
+
+// The same for contiguous arguments, one layer or pair each, for callers without C++.
+extern "C" {
+SAFELORA_API void safelora_plan_project(std::int64_t d_out, std::int64_t d_in, std::int64_t rank, DType weight,
+                                        DType factor, int arch, int sm_count, std::int64_t l2_bytes, OpPlan* plan);
+}
+
+}  // namespace safelora::cuda
