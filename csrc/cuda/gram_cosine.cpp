@@ -2,11 +2,13 @@
 
 #include <algorithm>
 
+#include "plan.h"
 #include "safelora/cuda.h"
 
 namespace safelora::cuda {
 namespace {
 
+constexpr std::int64_t kShared = kGramShared * sizeof(double) + sizeof(unsigned);
 constexpr std::size_t kMaxPartials = std::size_t(256) << 20;  // bytes of workspace in one launch, if items allow
 
 std::int64_t tiles_of(const CosineTask& task) {
@@ -57,7 +59,7 @@ void launch_cosines(const std::vector<CosineTask>& tasks, const Stream& stream) 
     Shape shape;
     shape.grid_x = static_cast<unsigned>(blocks);
     shape.block = kThreads;
-    shape.shared = kGramShared * sizeof(double) + sizeof(unsigned);
+    shape.shared = kShared;
     launch("gram_cosine", shape, params, stream);
   }
 }
@@ -67,6 +69,31 @@ void update_cosine(const std::vector<CosineItem>& items, double* cosines, const 
   for (std::size_t i = 0; i < items.size(); ++i)
     tasks.push_back({items[i].lora_B_new, items[i].lora_B, items[i].lora_A, nullptr, cosines + i});
   launch_cosines(tasks, stream);
+}
+
+OpPlan plan_update_cosine(const std::vector<CosineItem>& items) {
+  OpPlan plan;
+  for (const CosineItem& item : items) {
+    const CosineTask task = {item.lora_B_new, item.lora_B, item.lora_A};
+    const std::int64_t d_out = item.lora_B.rows, d_in = item.lora_A.cols, rank = item.lora_B.cols;
+    const std::int64_t tiles = tiles_of(task), partials = blocks_of(task) * 4 * kThreads * sizeof(double);
+    const std::int64_t factors = bytes_of(item.lora_B_new) + bytes_of(item.lora_B) + bytes_of(item.lora_A);
+    plan.compulsory_bytes += factors + sizeof(double);
+    plan.dram_bytes += factors + sizeof(double);
+    // A tile off the diagonal needs the columns of both of its edges.
+    plan.l2_bytes += (2 * tiles - 1) * factors + 2 * partials;
+    plan.flops += 2 * rank * rank * (3 * d_out + d_in);
+    plan.mma_flops += 2 * tiles * tiles * kGramTile * kGramTile * (3 * d_out + d_in);
+    plan.workspace_bytes += partials;
+  }
+  plan.shared_bytes = kShared;
+  return plan;
+}
+
+extern "C" void safelora_plan_update_cosine(std::int64_t d_out, std::int64_t d_in, std::int64_t rank, DType factor,
+                                            OpPlan* plan) {
+  const ConstMatrix lora_B = {nullptr, factor, d_out, rank, rank, 1};
+  *plan = plan_update_cosine({{lora_B, lora_B, {nullptr, factor, rank, d_in, d_in, 1}}});
 }
 
 }  // namespace safelora::cuda

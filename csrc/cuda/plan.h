@@ -29,11 +29,23 @@ struct OpPlan {
 };
 
 OpPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& device);
+OpPlan plan_update_cosine(const std::vector<CosineItem>& items);
+OpPlan plan_project_out(const std::vector<ProjectOutItem>& items, Side side, const Device& device);
+OpPlan plan_salora_forward(const SaloraForward& args, const Device& device);
+OpPlan plan_salora_backward(const SaloraBackward& args, const Device& device);
 
 // The same for contiguous arguments, one layer or pair each, for callers without C++.
 extern "C" {
 SAFELORA_API void safelora_plan_project(std::int64_t d_out, std::int64_t d_in, std::int64_t rank, DType weight,
                                         DType factor, int arch, int sm_count, std::int64_t l2_bytes, OpPlan* plan);
+SAFELORA_API void safelora_plan_update_cosine(std::int64_t d_out, std::int64_t d_in, std::int64_t rank, DType factor,
+                                              OpPlan* plan);
+SAFELORA_API void safelora_plan_project_out(std::int64_t d, std::int64_t m, std::int64_t k, DType x, DType basis,
+                                            int arch, int sm_count, std::int64_t l2_bytes, OpPlan* plan);
+// All gradients but that of the basis.
+SAFELORA_API void safelora_plan_salora(std::int64_t tokens, std::int64_t d_in, std::int64_t d_out, std::int64_t rank,
+                                       std::int64_t k, DType activation, DType factor, int arch, int sm_count,
+                                       std::int64_t l2_bytes, OpPlan* forward, OpPlan* backward);
 }
 
 }  // namespace safelora::cuda

@@ -5,6 +5,8 @@
 #include <string>
 #include <utility>
 
+#include "plan.h"
+
 namespace safelora::cuda {
 namespace {
 
@@ -106,6 +108,44 @@ void project_out(const std::vector<ProjectOutItem>& all, Side side, const Stream
     for (std::size_t i = 0; i < items.size(); i += kProjectOutItems)
       launch_items(items, i, std::min(items.size(), i + kProjectOutItems), group.first, stream);
   }
+}
+
+OpPlan plan_project_out(const std::vector<ProjectOutItem>& items, Side side, const Device& device) {
+  OpPlan plan;
+  for (const ProjectOutItem& given : items) {
+    const ProjectOutItem item = left_of(given, side);
+    const std::int64_t d = item.x.rows, m = item.x.cols, k = item.basis.cols;
+    if (d == 0 || m == 0) continue;
+    const Plan p = plan_of(item);
+    const bool fp64 = kind_of(item).fp64;
+    const std::int64_t x = bytes_of(item.x), basis = bytes_of(item.basis), out = bytes_of(item.out);
+    const std::int64_t size = fp64 ? sizeof(double) : sizeof(float), block = p.padded_k * p.width * size;
+    plan.compulsory_bytes += x + basis + out;
+    // First tasks run ahead of second ones by as many chunks of X and U as there are blocks, and those of a unit.
+    const std::int64_t ahead = std::min(p.tasks(), p.chunks + 2 * device.sm_count);
+    const std::int64_t window = ahead * (x + p.units * basis + 2 * p.tasks() * block) / p.tasks();
+    plan.l2_window = std::max(plan.l2_window, window);
+    plan.dram_bytes += x + basis + out + (window <= l2_size(device) ? 0 : x + basis);
+    // Both readings; parts written and added up; the sums written, and read by every chunk.
+    plan.l2_bytes += 2 * (x + p.units * basis) + out + 2 * p.tasks() * block + (p.units + p.tasks()) * block;
+    plan.flops += 4 * d * m * k;
+    const std::int64_t product = 2 * ceil_div(d, kChunkRows) * kChunkRows * p.padded_k * p.units * p.width;
+    const int basis_parts = parts(item.basis), x_parts = parts(item.x);
+    plan.mma_flops += product * (fp64 ? 2 : basis_parts + x_parts - 1 + basis_parts + 1);
+    plan.workspace_bytes += p.workspace() * size;
+    plan.shared_bytes = std::max<std::int64_t>(plan.shared_bytes, kProjectOutShared * size + 2 * sizeof(unsigned));
+  }
+  return plan;
+}
+
+extern "C" void safelora_plan_project_out(std::int64_t d, std::int64_t m, std::int64_t k, DType x, DType basis,
+                                          int arch, int sm_count, std::int64_t l2_bytes, OpPlan* plan) {
+  Device device;
+  device.arch = arch;
+  device.sm_count = sm_count;
+  device.l2_bytes = l2_bytes;
+  const Matrix matrix = {nullptr, x, d, m, m, 1};
+  *plan = plan_project_out({{matrix, {nullptr, basis, d, k, k, 1}, matrix}}, Side::left, device);
 }
 
 }  // namespace safelora::cuda

@@ -38,6 +38,8 @@ constexpr int kThreads = 256;  // of every block that works on tiles
 
 inline bool wide(const ConstMatrix& m) { return m.dtype == DType::f64; }
 
+inline std::int64_t bytes_of(const ConstMatrix& m) { return m.rows * m.cols * size_of(m.dtype); }
+
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace safelora::cuda
