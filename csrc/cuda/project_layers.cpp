@@ -101,7 +101,6 @@ struct Panel {
   float* accumulators;
   std::int64_t slots;
   bool cluster;
-  std::uint32_t* y;  // tickets only
 };
 
 struct LayerPlan {
@@ -140,13 +139,10 @@ LayerPlan plan_layer(const ProjectLayer& layer, const Device& device, Arena& are
     std::int64_t first = 0;
     for (const int width : panel_widths(total_rank(layer))) {
       const ClusterShape cluster = cluster_fits(layer, width, device);
-      Panel panel = {first, width, nullptr, nullptr, cluster.slots, cluster.slots > 0, nullptr};
+      Panel panel = {first, width, nullptr, nullptr, cluster.slots, cluster.slots > 0};
       if (first == 0) plan.parts = panel.cluster ? cluster.squares : plan.shape.squares;
       panel.factor = arena.take<std::uint32_t>(factor_bytes(rows, width) / 4);
-      if (!panel.cluster) {
-        panel.slots = plan.shape.slots;
-        panel.y = arena.take<std::uint32_t>(factor_bytes(cols, width) / 4);
-      }
+      if (!panel.cluster) panel.slots = plan.shape.slots;
       panel.accumulators = arena.take<float>(panel.slots * sums_size(rows, width));
       plan.panels.push_back(panel);
       first += width;
@@ -225,7 +221,7 @@ std::int64_t strips_between(std::int64_t blocks, std::int64_t strips, std::int64
 
 struct Schedule {
   Shape shape;
-  std::int64_t strips = 0, lag = 1, part_size = 0;
+  std::int64_t strips = 0, lag = 1, part_size = 0, y_size = 0;
 };
 
 Schedule schedule(const TicketItem* items, int count, const char* kernel, int panel, const Stream& stream) {
@@ -236,6 +232,7 @@ Schedule schedule(const TicketItem* items, int count, const char* kernel, int pa
     result.strips += item.strips;
     tasks += item.strips * strip_tasks(item.rows, item.chunks, item.strip_cols, item.unit_cols, panel);
     result.part_size = std::max(result.part_size, std::int64_t{item.chunks} * item.strip_cols * panel);
+    result.y_size = std::max(result.y_size, factor_bytes(item.strip_cols, panel) / 4);
   }
   if (tasks >= std::numeric_limits<std::int32_t>::max())
     throw std::invalid_argument("project_layers: the weights of one call are too large; pass fewer layers at a time");
@@ -263,7 +260,6 @@ void run_tickets(const std::vector<LayerPlan>& plans, const Stream& stream) {
       const TicketItem item = {.aligned = strided(layer.aligned),
                                .base = strided(layer.base),
                                .factor = panel.factor,
-                               .y = panel.y,
                                .accumulators = panel.accumulators,
                                .squares = squares,
                                .chain = nullptr,
@@ -287,7 +283,7 @@ void run_tickets(const std::vector<LayerPlan>& plans, const Stream& stream) {
     const char* kernel = ticket_kernel(static_cast<WeightKind>(g / 3), panel);
     in_tables(groups[g], params->items, [&](std::int32_t count) {
       const Schedule plan = schedule(params->items, count, kernel, panel, stream);
-      std::int64_t counters = 1 + 2 * plan.strips;
+      std::int64_t counters = 1 + 3 * plan.strips;
       for (int i = 0; i < count; ++i) counters += params->items[i].slots * ceil_div(params->items[i].rows, kBlockRows);
       auto* counter = allocate<std::uint32_t>(static_cast<std::size_t>(counters), stream);
       memset_zero(counter, static_cast<std::size_t>(counters) * sizeof(std::uint32_t), stream);
@@ -296,13 +292,15 @@ void run_tickets(const std::vector<LayerPlan>& plans, const Stream& stream) {
       params->strips = static_cast<std::uint32_t>(plan.strips);
       params->ticket = counter;
       params->counters = counter + 1;
-      counter += 1 + 2 * plan.strips;
+      counter += 1 + 3 * plan.strips;
       for (int i = 0; i < count; ++i) {
         params->items[i].chain = counter;
         counter += params->items[i].slots * ceil_div(params->items[i].rows, kBlockRows);
       }
       params->part_size = plan.part_size;
       params->y_parts = allocate<float>(static_cast<std::size_t>((plan.lag + 1) * plan.part_size), stream);
+      params->y_size = plan.y_size;
+      params->y = allocate<std::uint32_t>(static_cast<std::size_t>(kFactorBuffers * plan.y_size), stream);
       launch(kernel, plan.shape, *params, stream);
     });
   }
@@ -554,7 +552,7 @@ OpPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& devic
       const std::int64_t window = (between + 1) * s.strip_cols * round_up(rows, kBlockRows) * pair_bytes(layer);
       const std::int64_t kept = s.slots * sums_size(rows, panel) * 4;  // read once more by finish
       plan.l2_window = std::max(plan.l2_window, window);
-      plan.dram_bytes += (window <= l2_size(device) ? 1 : 2) * weights + 2 * t.packed + t.y + 2 * kept;
+      plan.dram_bytes += (window <= l2_size(device) ? 1 : 2) * weights + 2 * t.packed + 2 * kept;
       plan.l2_bytes += 2 * weights + t.operands + t.y_parts + t.y + 2 * t.sums;
       plan.mma_flops += 3 * 4 * round_up(rows, kBlockRows) * round_up(cols, kBlockRows) * panel;
     }

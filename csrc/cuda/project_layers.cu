@@ -2,9 +2,10 @@
 //
 // The columns of a layer are cut into super-strips of which a few fit in L2. In the first phase tasks form partial sums
 // of Y = VᵀB over chunks of rows; reductions add the chunks in order and split Y for the second phase, whose tasks
-// read the strip again, from L2, and add V·Y of 64 rows to what the strips before have left there. Blocks take tasks
-// by ticket, in an order in which every task needs only tasks with smaller tickets: those are finished or held by a
-// block that runs, whatever number of blocks does.
+// read the strip again, from L2, and add V·Y of 64 rows to what the strips before have left there. Y's buffers go
+// round: a reduction waits until the strip that had its buffer before is done with it. Blocks take tasks by ticket, in
+// an order in which every task needs only tasks with smaller tickets: those are finished or held by a block that runs,
+// whatever number of blocks does.
 //
 // V is split into two bf16 in registers, V ≈ high + low; of the four products with a factor split likewise, low·low is
 // left out. A tensor core truncates while it sums, so its sums stay short: one task each.
@@ -82,12 +83,14 @@ enum class Kind : std::int32_t { first, reduce, second, end };
 
 struct Task {
   const std::uint32_t* wait[2];
-  std::uint32_t* signal;
+  std::uint32_t* signal[2];
   float* sums;
+  std::uint32_t* y;  // of the strip
   std::uint32_t target[2];
   Kind kind;
   std::int32_t item, row, col, tiles;
   std::int32_t detail;  // first: index of its squares; reduce: pair of n-tiles; second: units before
+  std::int32_t strip_col;
 };
 
 // Where the ticket order stands. Round g holds the first phase of strip g and the second of strip g − lag.
@@ -95,6 +98,7 @@ struct Walk {
   std::uint32_t round, first_ticket;
   std::int32_t front_item, front, back_item, back;  // strips of the two phases, counted within their items
   std::uint32_t freed;                              // reductions of strip g − lag − 1, whose buffer strip g takes over
+  std::uint32_t applied[kFactorBuffers];            // second-phase tasks of the strips before g − lag, the latest first
 };
 
 struct Shared {
@@ -108,6 +112,10 @@ static_assert(kStages * kStageBytes + sizeof(Shared) <= kTicketShared);
 SAFELORA_DEVICE int column_blocks(const TicketItem& item, int strip) {
   const std::int64_t rest = item.cols - static_cast<std::int64_t>(strip) * item.strip_cols;
   return static_cast<int>((min(rest, static_cast<std::int64_t>(item.strip_cols)) + kBlockRows - 1) / kBlockRows);
+}
+
+SAFELORA_DEVICE int units(const TicketItem& item, int strip) {
+  return (column_blocks(item, strip) * kBlockRows + item.unit_cols - 1) / item.unit_cols;
 }
 
 SAFELORA_DEVICE int row_blocks(const TicketItem& item) { return (item.rows + kBlockRows - 1) / kBlockRows; }
@@ -141,6 +149,8 @@ __device__ void next_task(const TicketParams& p, std::uint32_t& next_ticket, Wal
         }
         if (back) {
           walk.freed = column_blocks(b, walk.back) * C::kPairs;
+          for (int k = kFactorBuffers - 1; k > 0; --k) walk.applied[k] = walk.applied[k - 1];
+          walk.applied[0] = units(b, walk.back) * row_blocks(b);
           if (++walk.back == b.strips) {
             ++walk.back_item;
             walk.back = 0;
@@ -151,6 +161,9 @@ __device__ void next_task(const TicketParams& p, std::uint32_t& next_ticket, Wal
       const std::uint32_t half = firsts / 2, round = walk.round, old = round - p.lag;
       const std::uint32_t buffers = p.lag + 1;
       task.wait[0] = task.wait[1] = nullptr;
+      task.signal[1] = nullptr;
+      task.y = p.y + old % kFactorBuffers * p.y_size;
+      task.strip_col = walk.back * b.strip_cols;
       if (i < half || (i >= half + reductions && i < firsts + reductions)) {
         if (i >= half) i -= reductions;
         const int chunk = i / strip_blocks, block = i % strip_blocks;
@@ -163,9 +176,9 @@ __device__ void next_task(const TicketParams& p, std::uint32_t& next_ticket, Wal
         task.detail = chunk * ((f.cols + kBlockRows - 1) / kBlockRows) + task.col / kBlockRows;
         task.sums = p.y_parts + round % buffers * p.part_size +
                     static_cast<std::int64_t>(chunk * strip_blocks + block) * kBlockRows * C::kPanel;
-        task.signal = p.counters + 2 * round;
+        task.signal[0] = p.counters + 3 * round;
         if (round >= buffers) {
-          task.wait[0] = p.counters + 2 * (round - buffers) + 1;
+          task.wait[0] = p.counters + 3 * (round - buffers) + 1;
           task.target[0] = walk.freed;
         }
       } else if (i < half + reductions) {
@@ -178,9 +191,13 @@ __device__ void next_task(const TicketParams& p, std::uint32_t& next_ticket, Wal
         task.tiles = 0;
         task.detail = i % C::kPairs;
         task.sums = p.y_parts + old % buffers * p.part_size + static_cast<std::int64_t>(block) * kBlockRows * C::kPanel;
-        task.wait[0] = p.counters + 2 * old;
+        task.wait[0] = p.counters + 3 * old;
         task.target[0] = column_blocks(b, walk.back) * b.chunks;
-        task.signal = p.counters + 2 * old + 1;
+        if (old >= kFactorBuffers) {
+          task.wait[1] = p.counters + 3 * (old - kFactorBuffers) + 2;
+          task.target[1] = walk.applied[kFactorBuffers - 1];
+        }
+        task.signal[0] = p.counters + 3 * old + 1;
       } else {
         i -= firsts + reductions;
         const int block = i % row_blocks(b), unit = walk.back * (b.strip_cols / b.unit_cols) + i / row_blocks(b);
@@ -193,11 +210,12 @@ __device__ void next_task(const TicketParams& p, std::uint32_t& next_ticket, Wal
         task.detail = unit / b.slots;
         const int place = unit % b.slots * row_blocks(b) + block;
         task.sums = b.accumulators + static_cast<std::int64_t>(place) * kBlockRows * C::kPanel;
-        task.wait[0] = p.counters + 2 * old + 1;
+        task.wait[0] = p.counters + 3 * old + 1;
         task.target[0] = column_blocks(b, walk.back) * C::kPairs;
         task.wait[1] = b.chain + place;
         task.target[1] = task.detail;
-        task.signal = b.chain + place;
+        task.signal[0] = b.chain + place;
+        task.signal[1] = p.counters + 3 * old + 2;
       }
       return;
     }
@@ -398,7 +416,8 @@ class Worker {
       else
         reduce(task);
       __syncthreads();
-      if (threadIdx.x == kProjectThreads - 32) add_release(task.signal, 1u);
+      const unsigned end = threadIdx.x - (kProjectThreads - 32);
+      if (end < 2 && task.signal[end] != nullptr) add_release(task.signal[end], 1u);
     }
   }
 
@@ -446,8 +465,8 @@ class Worker {
     const TicketItem& item = p_.items[task.item];
     const int warp = threadIdx.x / 32;
     const int m = warp % C::kAcross * C::kTilesM * 16, k = warp / C::kAcross * C::kSteps * 16;
-    const std::uint32_t* factors = kSecond ? item.y : item.factor;
-    const int start = (kSecond ? task.col : task.row) + k;
+    const std::uint32_t* factors = kSecond ? task.y : item.factor;
+    const int start = (kSecond ? task.col - task.strip_col : task.row) + k;
 
     Sum<C> sum = {};
     float squares[4] = {};
@@ -565,8 +584,9 @@ class Worker {
         y.y = lane / 4 % 2 ? y1 : y0;
         split(y, high[i * 2 + half], low[i * 2 + half]);
       }
-    uint4* to = reinterpret_cast<uint4*>(item.y) + static_cast<std::int64_t>(task.col / 16 + warp) * C::kPanel * 4 +
-                task.detail * 64 + lane;
+    uint4* to = reinterpret_cast<uint4*>(task.y) +
+                static_cast<std::int64_t>((task.col - task.strip_col) / 16 + warp) * C::kPanel * 4 + task.detail * 64 +
+                lane;
     to[0] = make_uint4(high[0], high[1], high[2], high[3]);
     to[32] = make_uint4(low[0], low[1], low[2], low[3]);
   }

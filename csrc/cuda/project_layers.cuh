@@ -28,7 +28,8 @@ constexpr int kMaxPanel = 64;
 
 constexpr int kTicketStages = 3;
 constexpr int kTicketStageBytes = 16384;  // a tile of both weights
-constexpr int kTicketShared = kTicketStages * kTicketStageBytes + 384;
+constexpr int kTicketShared = kTicketStages * kTicketStageBytes + 448;
+constexpr int kFactorBuffers = 2;  // of Y: few, so that they are written over in L2 instead of going to memory
 constexpr int kExactShared = kProjectThreads * 8 * 8;
 
 constexpr int kPackItems = 256;
@@ -57,7 +58,6 @@ struct PackParams {
 struct TicketItem {
   Strided aligned, base;
   const std::uint32_t* factor;  // packed B
-  std::uint32_t* y;             // packed Y = VᵀB
   float* accumulators;
   double* squares;       // nullptr: not wanted
   std::uint32_t* chain;  // [slot][row block]: units added so far
@@ -72,9 +72,10 @@ struct TicketParams {
   std::int32_t num_items, lag;
   std::uint32_t strips;     // of all items
   std::uint32_t* ticket;    // zero, as all counters
-  std::uint32_t* counters;  // [strip][first phase, reductions]
+  std::uint32_t* counters;  // [strip][first phase, reductions, second phase]
   float* y_parts;           // lag + 1 buffers of part_size floats: sums of VᵀB, [chunk][column block][fragment order]
-  std::int64_t part_size;
+  std::uint32_t* y;         // kFactorBuffers of y_size words: packed Y = VᵀB of a strip
+  std::int64_t part_size, y_size;
 };
 
 // ---- small layers and fp64: plain fused multiply-adds, T = float or double

@@ -206,13 +206,14 @@ LLAMA = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (11008, 4096)
 GPUS = [(80, 108, 40), (89, 128, 72), (90, 132, 50), (100, 148, 126), (120, 170, 96)]  # arch, processors, MiB of L2
 
 
+@pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("shape", LLAMA, ids=str)
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
-def test_dram_sees_each_weight_about_once(shape: tuple[int, int], gpu: tuple[int, int, int]) -> None:
-    made = plan(*shape, 16, gpu)
+def test_dram_sees_each_weight_about_once(shape: tuple[int, int], gpu: tuple[int, int, int], rank: int) -> None:
+    made = plan(*shape, rank, gpu)
     d_out, d_in = shape
-    assert made.compulsory_bytes == 4 * d_out * d_in + 8 * 16 * d_out
-    assert made.flops == 4 * d_out * d_in * 16
+    assert made.compulsory_bytes == 4 * d_out * d_in + 8 * rank * d_out
+    assert made.flops == 4 * d_out * d_in * rank
     assert made.l2_window <= 0.7 * (gpu[2] << 20)
     assert made.dram_bytes <= 1.1 * made.compulsory_bytes
 
@@ -292,7 +293,7 @@ def mixture() -> list[Pair]:
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_no_order_changes_a_bit(driver: str) -> None:
     pairs = mixture()
-    device = Device(sm_count=6)  # blocks enough to have some wait for others
+    device = Device(sm_count=6, l2_bytes=1 << 20)  # blocks enough to have some wait for others, strips for all buffers
     for result in run_all("project_layers", *arguments(pairs), drivers=(driver,), device=device).values():
         judge(pairs, result)
 
@@ -328,6 +329,7 @@ def test_compiled_kernels_agree_with_the_emulated_ones(weight: torch.dtype, rank
 
 @pytest.mark.parametrize("driver", ["asan", "tsan"])
 def test_sanitizers_find_nothing(driver: str) -> None:
-    layers = [random_layer(150, 330, 18, torch.bfloat16), random_layer(129, 133, 3), random_layer(40, 50, 2)]
-    results = run_all("project_layers", *arguments([pair(layer) for layer in layers]), drivers=(driver,))
+    layers = [random_layer(130, 590, 18, torch.bfloat16), random_layer(129, 133, 3), random_layer(40, 50, 2)]
+    device = Device(l2_bytes=1 << 17)  # three strips of the first, so that its buffers go round
+    results = run_all("project_layers", *arguments([pair(layer) for layer in layers]), drivers=(driver,), device=device)
     judge([pair(layer) for layer in layers], results[driver])
