@@ -18,7 +18,7 @@ namespace {
 #endif
 constexpr std::int64_t kWorkspace = SAFELORA_PROJECT_WORKSPACE;  // of the layers that are worked on at a time
 constexpr std::int64_t kUnitBytes = 64 << 10;                    // of both weights that one task reads
-constexpr std::int64_t kEnoughTasks = 128;                       // between two that add to the same sums
+constexpr std::int64_t kEnoughTasks = 32;                        // between two that add to the same sums
 constexpr std::int64_t kMaxChunk = 1024;                         // rows whose products a tensor core adds up
 constexpr int kBlocksPerProcessor = 3;                           // more would spread the tasks over more of L2
 constexpr int kMaxLag = 4;

@@ -407,8 +407,7 @@ class Worker {
     for (;; ++task_) {
       const Task& task = shared_.queue[task_ % kQueue];
       if (task.kind == Kind::end) break;
-      if (threadIdx.x < 2 && task.wait[threadIdx.x] != nullptr)
-        while (load_acquire(task.wait[threadIdx.x]) < task.target[threadIdx.x]) spin_pause();
+      if (threadIdx.x < (task.kind == Kind::second ? 1 : 2)) wait(task, threadIdx.x);
       if (task.kind == Kind::first)
         run_tiles<false>(task);
       else if (task.kind == Kind::second)
@@ -499,7 +498,13 @@ class Worker {
     store_sums<kSecond>(task, sum, reinterpret_cast<float4*>(stage));
   }
 
-  // Adds the warps along the contraction, in order, and for the second phase what earlier strips have left.
+  SAFELORA_DEVICE void wait(const Task& task, unsigned which) {
+    if (task.wait[which] == nullptr) return;
+    while (load_acquire(task.wait[which]) < task.target[which]) spin_pause();
+  }
+
+  // Adds the warps along the contraction, in order, and for the second phase what earlier units have left, which is
+  // waited for only now.
   template <bool kSecond>
   SAFELORA_DEVICE void store_sums(const Task& task, const Sum<C>& sum, float4* scratch) {
     constexpr int kUnits = C::kTilesN * kBlockRows / 16;  // fragments of 32 float4
@@ -508,6 +513,10 @@ class Worker {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int across = warp % C::kAcross, along = warp / C::kAcross;
     float4* to = reinterpret_cast<float4*>(task.sums);
+    if (kSecond) {
+      if (threadIdx.x == 0) wait(task, 1);
+      __syncthreads();
+    }
 #pragma unroll
     for (int round = 0; round < C::kTilesN; round += kRound) {
       float4 before[kShare];
