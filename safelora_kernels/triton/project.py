@@ -35,11 +35,12 @@ CHUNK = 512  # rows of one task of Y = VᵀB
 STRIP_BYTES = 8 << 20  # of both weights; a few strips are live at a time
 STRIP_COLUMNS = 2048
 LAG = 2  # strips by which Y runs ahead of V Y
-RING = 8  # strips whose partial sums of Y exist at a time
+RING = 8  # strips that have Y and its partial sums in memory at a time
 BUCKET = 16  # tickets per entry of the table that finds a ticket's step
 
 LAYER = tl.constexpr(8)  # aligned 0-2, base 3-5, d_out, d_in
-STRIP = tl.constexpr(10)  # layer, column, blocks, offsets of B, Y and accumulator, counters, squares
+# layer, column, blocks, offsets of B, accumulator and Y, counters, squares, signals of its tasks
+STRIP = tl.constexpr(10)
 # matrix 0-2, d_out, rank, width, column, offsets of panels and accumulator, squares and their count, layer, result,
 # index, whether it is the first of its layer
 FACTOR = tl.constexpr(16)
@@ -133,8 +134,8 @@ def form_y(
     squares,
     arrived,
     ready,
-    ready_before,
-    blocks_before,
+    before,
+    signals_before,
     slot_size,
     slot_squares,
     A: tl.constexpr,
@@ -167,8 +168,8 @@ def form_y(
     n = tl.arange(0, N)
     k = tl.arange(0, R)
 
-    # The slot of the partial sums was last used by the strip SLOTS before this one.
-    wait_until(ready_before, blocks_before)
+    # The slot of Y and its partial sums was last used by the strip SLOTS before this one.
+    wait_until(before, signals_before)
     acc = tl.zeros((COLUMNS, N), tl.float32)
     square = tl.zeros((ROWS, COLUMNS), tl.float32)
     last = tl.minimum((chunk + 1) * CHUNK_ROWS, d_out)
@@ -265,6 +266,7 @@ def apply_y(
     result += tl.load(at, mask=known, other=0.0, cache_modifier=".cg")
     tl.store(at, result, mask=inside)
     signal(link, blocks)
+    signal(ready, 1)
 
 
 @triton.jit(do_not_specialize=["total", "first_ready", "first_link", "slot_size", "slot_squares"])
@@ -302,8 +304,8 @@ def main_kernel(
     """``accumulator = V (Vᵀ B)`` and the squares of V by blocks of columns, for every layer of the table.
 
     ``steps`` holds (first ticket, 2·strip + kind) in the order of tickets, ``buckets`` the step of every TICKETS-th
-    ticket. Counters: the next ticket; chunks arrived per block of Y; blocks ready per strip; and per block of rows the
-    blocks of columns that its accumulator holds.
+    ticket. Counters: the next ticket; chunks arrived per block of Y; per strip the blocks of Y that are ready, and then
+    the blocks of rows that are done with it; and per block of rows the blocks of columns that its accumulator holds.
     """
     ready = counters + first_ready
     ticket = tl.atomic_add(counters, 1, sem="relaxed", scope="gpu")
@@ -318,7 +320,7 @@ def main_kernel(
         layer = layers + tl.load(strip) * LAYER
         if code % 2 == 0:
             earlier = tl.maximum(index - SLOTS, 0)
-            blocks_before = tl.load(strips + earlier * STRIP + 2).to(tl.int32)
+            signals_before = tl.load(strips + earlier * STRIP + 9).to(tl.int32)
             form_y(
                 layer,
                 strip,
@@ -332,7 +334,7 @@ def main_kernel(
                 counters + tl.load(strip + 6),
                 ready + index,
                 ready + earlier,
-                tl.where(index < SLOTS, 0, blocks_before),
+                tl.where(index < SLOTS, 0, signals_before),
                 slot_size,
                 slot_squares,
                 A,
@@ -524,7 +526,7 @@ class Plan:
         first = within // panels[owner] * width[owner]
         size = torch.minimum(width[owner], blocks[owner] - first)
         offset = offset[owner] + panel * d_out[owner] * self.kind.rank
-        y_sizes = panels * blocks * columns * n
+        y_slot = int(size.max()) * columns * n if len(owner) else 0
         links = panels * row_blocks
         table = [
             here[owner],
@@ -532,13 +534,13 @@ class Plan:
             size,
             offset * self.pair,
             offset,
-            _starts(y_sizes)[owner] + (panel * blocks[owner] + first) * columns * n,
+            torch.arange(len(owner)) % RING * y_slot,
             1 + _starts(size),
             _starts(links)[owner] + panel * row_blocks[owner],
             torch.where(panel == 0, squares[owner] + first, -1),
-            torch.zeros_like(owner),
+            size + row_blocks[owner],
         ]
-        self.y_size = int(y_sizes.sum())
+        self.y_size = min(len(owner), RING) * y_slot
         self.first_ready = 1 + int(size.sum())
         self.first_link = self.first_ready + len(owner)
         self.counters_size = self.first_link + int(links.sum())
