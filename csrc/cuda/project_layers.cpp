@@ -9,6 +9,7 @@
 
 #include "gram_cosine.cuh"
 #include "plan.h"
+#include "project_cluster.cuh"
 
 namespace safelora::cuda {
 namespace {
@@ -546,6 +547,14 @@ OpPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& devic
     const TicketShape s = ticket_shape(layer, device);
     plan.dram_bytes += factors;
     for (const int panel : panel_widths(rank)) {
+      plan.mma_flops += 3 * 4 * round_up(rows, kBlockRows) * round_up(cols, kBlockRows) * panel;
+      if (cluster_fits(layer, panel, device).slots > 0) {
+        const std::int64_t moved = cluster_traffic(layer, panel) + factor_bytes(rows, panel);  // which pack wrote
+        plan.dram_bytes += moved;
+        plan.l2_bytes += moved + (ceil_div(panel, 32) - 1) * weights;
+        plan.shared_bytes = kClusterShared;
+        continue;
+      }
       const Traffic t = traffic(layer, s, panel);
       const std::int64_t tasks = strip_tasks(rows, s.chunks, s.strip_cols, s.unit_cols, panel);
       const std::int64_t between = strips_between(std::int64_t{kBlocksPerProcessor} * device.sm_count, 1, tasks);
@@ -554,7 +563,6 @@ OpPlan plan_project(const std::vector<ProjectLayer>& layers, const Device& devic
       plan.l2_window = std::max(plan.l2_window, window);
       plan.dram_bytes += (window <= l2_size(device) ? 1 : 2) * weights + 2 * t.packed + 2 * kept;
       plan.l2_bytes += 2 * weights + t.operands + t.y_parts + t.y + 2 * t.sums;
-      plan.mma_flops += 3 * 4 * round_up(rows, kBlockRows) * round_up(cols, kBlockRows) * panel;
     }
   }
   return plan;
@@ -583,6 +591,7 @@ extern "C" void safelora_plan_project(std::int64_t d_out, std::int64_t d_in, std
   device.arch = arch;
   device.sm_count = sm_count;
   device.l2_bytes = l2_bytes;
+  device.shared_bytes = (arch == 90 || arch == 100 ? 227 : 99) << 10;
   *plan = plan_project({layer}, device);
 }
 
