@@ -53,7 +53,9 @@ class Launch(NamedTuple):
                 return ("i64",) * len(value)
             if isinstance(value, float):
                 return "fp32"
-            return _NAMES[value.dtype] if isinstance(value, Tensor) else declared.get(name, "i32").replace("tl.int", "i")
+            return (
+                _NAMES[value.dtype] if isinstance(value, Tensor) else declared.get(name, "i32").replace("tl.int", "i")
+            )
 
         return {name: type_of(name, value) for name, value in zip(self.kernel.arg_names, self.args, strict=False)}
 

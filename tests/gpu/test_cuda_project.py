@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import Any, NamedTuple
 
@@ -13,7 +12,8 @@ from torch import Tensor
 from tests.ops import truth
 from tests.ops.truth import FLOATS, assert_accurate, random_layer
 
-from .emulated import Device, emulator, need, run, run_all
+from .emulated import Device, run, run_all
+from .plans import Gpu, Plan, planned
 
 FP32_BOUND = 1e-5
 FP64_BOUND = 1e-12
@@ -179,43 +179,25 @@ def test_nothing_to_do() -> None:
 # ---- the plan
 
 
-class Plan(ctypes.Structure):
-    """safelora::cuda::OpPlan."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_int64)
-        for name in (  # fmt: skip
-            "compulsory_bytes", "dram_bytes", "l2_bytes", "flops", "mma_flops", "l2_window", "workspace_bytes",
-            "shared_bytes",
-        )
-    )
-
-
-def plan(d_out: int, d_in: int, rank: int, gpu: tuple[int, int, int], weight: int = 1, factor: int = 0) -> Plan:
-    arch, sm_count, l2_mib = gpu
-    need("simt")
-    made = Plan()
-    emulator("simt").library.safelora_plan_project(
-        *(ctypes.c_int64(n) for n in (d_out, d_in, rank)), weight, factor, arch, sm_count, ctypes.c_int64(l2_mib << 20),
-        ctypes.byref(made),
-    )  # fmt: skip
-    return made
+def plan(d_out: int, d_in: int, rank: int, gpu: Gpu, weight: int = 1, factor: int = 0) -> Plan:
+    return planned("project", (d_out, d_in, rank), (weight, factor), gpu)
 
 
 LLAMA = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (11008, 4096)]
-GPUS = [(80, 108, 40), (89, 128, 72), (90, 132, 50), (100, 148, 126), (120, 170, 96)]  # arch, processors, MiB of L2
+GPUS = [Gpu(80, 108, 40), Gpu(89, 128, 72), Gpu(90, 132, 50), Gpu(100, 148, 126), Gpu(120, 170, 96)]
 
 
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("shape", LLAMA, ids=str)
 @pytest.mark.parametrize("gpu", GPUS, ids=str)
-def test_dram_sees_each_weight_about_once(shape: tuple[int, int], gpu: tuple[int, int, int], rank: int) -> None:
+def test_dram_sees_each_weight_about_once(shape: tuple[int, int], gpu: Gpu, rank: int) -> None:
     made = plan(*shape, rank, gpu)
     d_out, d_in = shape
     assert made.compulsory_bytes == 4 * d_out * d_in + 8 * rank * d_out
     assert made.flops == 4 * d_out * d_in * rank
-    assert made.l2_window <= 0.7 * (gpu[2] << 20)
-    assert made.dram_bytes <= 1.1 * made.compulsory_bytes
+    assert made.l2_window <= 0.7 * (gpu.l2_mib << 20)
+    most = 1.05 if rank == 16 and gpu.arch in (90, 100) else 1.1
+    assert made.dram_bytes <= most * made.compulsory_bytes
 
 
 def test_the_plan_counts_a_second_read_where_strips_do_not_fit() -> None:

@@ -1,8 +1,8 @@
 """Captured Triton launches: a replay gets its tables from nothing but the arguments of kernels, and repeats the bits.
 
-A CUDA graph keeps which operations ran on which device memory, and the arguments of kernels; the host's memory and code
-are gone when it is replayed. So the launches and the fills of a call are recorded in the interpreter, everything that it
-allocated is spoiled, and what was recorded runs once more.
+A CUDA graph keeps which operations ran on which device memory, and the arguments of kernels; the host's memory and
+code are gone when it is replayed. So the launches and the fills of a call are recorded in the interpreter, everything
+that it allocated is spoiled, and what was recorded runs once more.
 """
 
 from __future__ import annotations
@@ -99,8 +99,9 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], Sequence[Any]]]] = {
     "project_selected_layers": (project.project_selected_layers, lambda: (*projection_inputs(), None, 1)),
     "update_cosine": (
         cosine.update_cosine,
-        lambda: [[torch.randn(40, 3), torch.randn(30, 20)] for _ in range(2)]
-        + [[torch.randn(3, 50), torch.randn(20, 9)]],
+        lambda: (
+            [[torch.randn(40, 3), torch.randn(30, 20)] for _ in range(2)] + [[torch.randn(3, 50), torch.randn(20, 9)]]
+        ),
     ),
     "select_layers": (select.select_layers, lambda: (torch.rand(50, dtype=torch.float64), None, 20, "strict")),
     "project_out_layers": (complement.project_out_layers, pairs),
