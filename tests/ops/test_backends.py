@@ -43,7 +43,7 @@ def test_every_backend_has_a_status_and_a_reason() -> None:
 
 
 def test_explain_names_the_backend_and_the_reasons() -> None:
-    w, b = torch.randn(4, 6), torch.randn(4, 2)
+    w, b = torch.randn(4, 6, device="cpu"), torch.randn(4, 2, device="cpu")
     best = sk.explain("project_lowrank", w, w, b)
     assert best.backend == ("cpu" if NATIVE else "reference")
     assert set(best.rejected) == {"cuda", "triton", "cpu", "reference"} - {best.backend}
@@ -137,7 +137,8 @@ def test_import_survives_a_missing_native_part_and_says_so_once(copy_of_the_pack
         (package / "_build_info.json").write_text(json.dumps({"native": True}))
     elif case == "damaged":
         (package / "_C.abi3.so").write_bytes(b"not a library")
-    done = python(USE, copy_of_the_package)
+    no_gpu = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # which would be told about kernels of its own
+    done = python(USE, copy_of_the_package, **no_gpu)
     assert (done.returncode, done.stdout) == (0, "3.0\n"), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     said = {
@@ -150,7 +151,7 @@ def test_import_survives_a_missing_native_part_and_says_so_once(copy_of_the_pack
     assert "falls back to plain torch" in done.stderr
     assert "SAFELORA_BUILD=native" in done.stderr
 
-    asked = python(USE, copy_of_the_package, SAFELORA_BACKEND="cpu")
+    asked = python(USE, copy_of_the_package, SAFELORA_BACKEND="cpu", **no_gpu)
     assert asked.returncode != 0
     assert "RuntimeError: SAFELORA_BACKEND=cpu cannot run project_out_layers" in asked.stderr
     assert said[case] in asked.stderr.splitlines()[-1]
@@ -186,7 +187,7 @@ HAS_GPU_TORCH = torch.version.cuda is not None or torch.version.hip is not None
 def test_a_gpu_backend_that_cannot_run_says_why_and_what_to_do(name: str) -> None:
     if sk.backends()[name].available:
         pytest.skip(f"{name} runs here")
-    x = torch.ones(3, 1)
+    x = torch.ones(3, 1, device="cpu")
     reason = sk.backends()[name].reason
     assert sk.explain("project_out", x, x).rejected[name] == reason
     asked = sk.explain("project_out", x, x, backend=name)

@@ -209,7 +209,8 @@ def test_compiled_projection_and_selection(backend: str) -> None:
         (actual, again, selected), (expected, cosines, chosen) = fast(layers), run(layers)
         for a, e in zip(actual, expected, strict=True):
             assert_accurate(a, e.double(), 1e-6)
-        assert_accurate(again, cosines, 1e-12)
+        # Triton's projection has the cosine of the sums before their rounding to fp32.
+        assert_accurate(again, cosines, 1e-6 if backend == "triton" else 1e-12)
         assert torch.equal(selected, chosen)
 
 
@@ -251,7 +252,7 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
         return [projection.lora_B, projection.v_norm, projection.cosine, y, z, cosine, applied, dense, *grads]  # type: ignore[list-item]
 
     plain = run()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(torch.get_default_device().type, dtype=dtype):
         inside = run()
     for left, right in zip(plain, inside, strict=True):
         assert left.dtype == right.dtype

@@ -108,7 +108,8 @@ def test_the_reference_has_the_same_function() -> None:
 def test_the_native_kernels_do_the_work_on_the_cpu() -> None:
     if not sk.backends()["cpu"].available:
         pytest.skip(f"no native kernels: {sk.backends()['cpu'].reason}")
-    layers = factors(layers_that_differ())
+    with torch.device("cpu"):
+        layers = factors(layers_that_differ())
     assert sk.explain("project_selected_layers", layers, num_layers=2).backend == "cpu"
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         sk.project_selected_layers(layers, num_layers=2)

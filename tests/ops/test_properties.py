@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -78,6 +78,7 @@ def test_project_lowrank(
     torch.manual_seed(seed)
     layer = random_layer(d_out, d_in, rank, aligned, factor, base)
     arranged = truth.Layer(*(arrange(t, h) for t, h in zip(layer, how, strict=True)))
+    assume(sk.explain("project_lowrank", *arranged, backend=backend).backend)
     result = sk.project_lowrank(*arranged, backend=backend)
     assert isinstance(result.lora_B, Tensor)
     assert result.lora_B.dtype == factor
@@ -120,6 +121,7 @@ def test_project_out_layers(
         u = 0.7 * random_basis(d, min(d, k), basis_dtype)
         bases.append(arrange(u, how_u) if k else u)
     expected = [truth.project_out(x, u, side) for x, u in zip(xs, bases, strict=True)]
+    assume(sk.explain("project_out_layers", xs, bases, side=side, backend=backend).backend)
     if in_place:
         sk.project_out_layers_(xs, bases, side=side, backend=backend)  # type: ignore[arg-type]
         results = xs
@@ -157,6 +159,7 @@ def test_salora_linear(
     shapes = [(tokens, d_in), (tokens, d_out), (rank, d_in), (d_out, rank)]
     plain = [torch.randn(shape) for shape in shapes] + [random_basis(d_out, min(d_out, k))]
     given_tensors = [arrange(t.to(kind), h) for t, kind, h in zip(plain, kinds, how, strict=True)]
+    assume(sk.explain("salora_linear", *given_tensors, 0.5, backend=backend).backend)
     y = sk.salora_linear(*given_tensors, 0.5, backend=backend)  # type: ignore[arg-type]
     assert y.dtype == kinds[1]
     assert_accurate(y, truth.salora(*given_tensors, 0.5), 1e-5)  # type: ignore[arg-type]
@@ -186,6 +189,7 @@ def test_gram_apply(
     torch.manual_seed(seed)
     x, z = torch.randn(tokens, d).to(kinds[0]), torch.randn(d, rank).to(kinds[1])
     weights = torch.randn(tokens).to(kinds[2]) if weighted else None
+    assume(sk.explain("gram_apply", x, z, weights, backend=backend).backend)
     y = sk.gram_apply(arrange(x, how[0]), arrange(z, how[1]), weights, backend=backend)
     wide = torch.float64 in (*kinds[:2], *kinds[2 if weighted else 3 :])
     assert y.dtype == (torch.float64 if wide else torch.float32)
