@@ -174,9 +174,12 @@ class Frontier:
                 yield f"{adapter}: {titles[rule].title} has no value that keeps the task within {self.tolerance:g}."
             elif controls:
                 control = min(controls, key=_order)
+                difference = compare(point, control)
+                low, high = difference.interval
                 yield (
                     f"{adapter}: {point.title} ({point.at}) answers {point.safety}; {control.title} ({control.at}) "
-                    f"answers {control.safety}{_verdict(point.safety, control.safety)}."
+                    f"answers {control.safety}. Prompt by prompt the difference is {difference.value:+.0%} "
+                    f"[{low:+.0%}, {high:+.0%}]{_verdict(low, high)}."
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -352,6 +355,16 @@ def trace_frontier(
     return Frontier(points, reference, suite.describe(), inputs, versions(), notes, left_out, tolerance)
 
 
+def compare(point: Point, other: Point) -> Mean:
+    """The difference in answered forbidden prompts, point − other, with the interval of the paired differences.
+
+    Both were asked the same prompts, which the intervals of the two shares do not know.
+    """
+    name = next(name for name in SAFETY if name in point.outcome.outcomes)
+    pairs = zip(point.outcome.outcomes[name], other.outcome.outcomes[name], strict=True)
+    return Mean.of([one - two for one, two in pairs])
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The rows under one header that has every column of any of them."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -457,8 +470,7 @@ def _order(point: Point) -> tuple[float, float]:
     return point.safety.value, -point.utility.value
 
 
-def _verdict(rule: Rate | Mean, control: Rate | Mean) -> str:
-    (low, high), (other_low, other_high) = rule.interval, control.interval
-    if low <= other_high and other_low <= high:
-        return "; the intervals overlap, so this does not separate the two"
-    return ": the rule refuses more" if rule.value < control.value else ": the control refuses more"
+def _verdict(low: float, high: float) -> str:
+    if low <= 0 <= high:
+        return ", which does not separate the two"
+    return ": the rule refuses more" if high < 0 else ": the control refuses more"

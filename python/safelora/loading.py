@@ -29,8 +29,9 @@ def load_model(
 ) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
-    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". device: by default cuda where there is one.
-    chat_template: a Jinja file to use instead of the tokenizer's own template. quiet: keep transformers from printing.
+    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". device: by default cuda where there is one; "auto"
+    spreads the model over what there is (accelerate).
+    chat_template: a Jinja file to use instead of the tokenizer's own. quiet: keep transformers from printing.
 
     Raises SafeLoraError when it cannot be loaded.
     """
@@ -44,7 +45,8 @@ def load_model(
         logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        spread = {"device_map": "auto"} if device == "auto" else {}
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **spread)
     except (OSError, ValueError, KeyError) as error:
         raise SafeLoraError(f"{os.fspath(source)} cannot be loaded as a causal language model: {error}") from error
     if chat_template is not None:
@@ -52,7 +54,9 @@ def load_model(
         if not path.is_file():
             raise SafeLoraError(f"the chat template {path} is not a file.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
+    if not spread:
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from PIL import Image
 from safelora import SafeLoraError, project_adapter
 from safelora.cli import main
 from safelora.evaluate import evaluate_adapters
-from safelora.frontier import SHARES, STANDING, Frontier, Point, trace_frontier
+from safelora.frontier import SHARES, STANDING, Frontier, Point, compare, trace_frontier
 from safelora.rates import Mean, Rate
 from safelora.suite import Outcome, Suite, pool
 from tests.safelora.tiny import Tiny, make_tiny
@@ -179,7 +179,9 @@ def test_the_best_keeps_the_task():
     said = " ".join(found.reading())
     assert "RULE (modules 4) answers 25%" in said
     assert "LOST has no value that keeps the task" in said
-    assert "the intervals overlap, so this does not separate the two" in said
+    # 5 and 6 of 20, of which 5 are the same prompts.
+    assert compare(best["rule"], best["scaled"]) == Mean.of([0.0] * 5 + [-1.0] + [0.0] * 14)
+    assert "difference is -5% [-15%, +5%], which does not separate the two" in said
 
 
 def test_the_reading_names_who_refuses_more():

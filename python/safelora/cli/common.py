@@ -24,6 +24,9 @@ examples:
   check how the adapter's modules pair with the checkpoints' tensors, reading no weights:
     safelora inspect ./adapter --base ./llama-2-7b
 
+  count the forbidden prompts that are answered, with and without the adapter, before and after:
+    safelora evaluate ./llama-2-7b-chat ./adapter ./adapter-safe --safety prompts.csv --utility task.jsonl
+
 exit status: 0 done, 2 unusable input or options, 1 unexpected failure, 130 interrupted.
 Set SAFELORA_DEBUG=1 for a traceback. Method: Safe LoRA, arXiv 2405.16833.
 """

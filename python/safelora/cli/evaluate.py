@@ -60,7 +60,7 @@ def add_questions(parser: argparse.ArgumentParser, metrics: str) -> None:
     running.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model's weights"
     )
-    running.add_argument("--device", metavar="DEVICE", help="cpu, cuda, … (default: cuda where there is one)")
+    running.add_argument("--device", metavar="DEVICE", help="cpu, cuda, auto, … (default: cuda where there is one)")
     running.add_argument("--local-files-only", action="store_true", help="use the Hugging Face cache, no network")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="DIR", help="directory to create, with the figures and all answers")
