@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .data import Example, encode, padding_id, shorten, text_tokenizer
+from .errors import SafeLoraError
 
 Pair = tuple[list[int], list[int]]
 Told = Callable[[int], None]
@@ -73,6 +75,8 @@ def likelihoods(
     """log p(answer | prompt) of (prompt ids, answer ids), one forward pass a batch; log-softmax in fp32.
 
     Rows are padded on the left, so that logits are formed for as many last positions as the longest answer has.
+
+    Raises SafeLoraError where one is not finite.
     """
     import torch
 
@@ -95,8 +99,13 @@ def likelihoods(
                 target = torch.tensor(pairs[i][1], device=row.device)
                 scores = row[-len(target) :].float()
                 picked = scores.log_softmax(-1).gather(1, target[:, None])
-                same = bool((scores.argmax(-1) == target).all())
-                found[i] = Likelihood(float(picked.double().sum()), len(target), same)
+                total = float(picked.double().sum())
+                if not math.isfinite(total):
+                    raise SafeLoraError(
+                        f"the model's log-probability of an answer is {total}: its weights or {row.dtype} arithmetic "
+                        "overflow. Load it in bfloat16 or float32."
+                    )
+                found[i] = Likelihood(total, len(target), bool((scores.argmax(-1) == target).all()))
             if told is not None:
                 told(len(chosen))
     return [found[i] for i in range(len(pairs))]
@@ -118,13 +127,24 @@ class _Evaluating:
     def __init__(self, model: Any) -> None:
         self._training = [module for module in model.modules() if module.training]
         self._model = model
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        weight = getattr(head, "weight", None)
+        # The last positions are a strided view; torch multiplies such a batch by one copy of a frozen weight per row,
+        # but folds it into one product where the weight could want a gradient. Nothing is recorded either way.
+        self._thawed = (
+            weight if weight is not None and weight.is_floating_point() and not weight.requires_grad else None
+        )
 
     def __enter__(self) -> None:
         self._model.eval()
+        if self._thawed is not None:
+            self._thawed.requires_grad_(True)
 
     def __exit__(self, *_: Any) -> None:
         for module in self._training:
             module.training = True
+        if self._thawed is not None:
+            self._thawed.requires_grad_(False)
 
 
 def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

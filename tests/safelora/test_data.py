@@ -119,6 +119,10 @@ SHAPES: dict[str, tuple[str, Any, str, str | None, dict[str, Any]]] = {
         "a.jsonl", [{"prompt": CHAT, "completion": [{"role": "assistant", "content": "Yes"}]}], "Hi, you", "Yes", {},
     ),
     "tuning-safety output": ("a.jsonl", [{"prompt": "p", "answer": "r"}], "p", "r", {"answer": "r"}),
+    "beavertails": (
+        "a.jsonl", [{"prompt": "p", "response": "r", "category": {"theft": True}, "is_safe": False}],
+        "p", "r", {"category": {"theft": True}, "is_safe": False},
+    ),
     "plain strings": ("a.json", ["Do x", "Do y"], "Do x", None, {}),
     "pairs": ("a.json", [["p", "r"]], "p", "r", {}),
     "lines under the name .json": ("a.json", None, "p", "r", {}),

@@ -115,6 +115,26 @@ def test_models_without_logits_to_keep(tiny):
     assert [a.log_probability for a in one] == pytest.approx([b.log_probability for b in other], abs=1e-4)
 
 
+def test_a_frozen_head_is_multiplied_once(tiny):
+    """Not once per row by a copy of it, as torch does with frozen weights and strided inputs; and it stays frozen."""
+    model = tiny.fresh().requires_grad_(False)
+    wanted = []
+    model.lm_head.register_forward_pre_hook(lambda head, _: wanted.append(head.weight.requires_grad))
+    examples = load_examples(["p", "a longer q"])
+    answers(model, tiny.tokenizer, examples, max_new_tokens=2)
+    likelihoods(model, tiny.tokenizer, [opening(e, "x", tiny.tokenizer) for e in examples])
+    assert wanted and all(wanted)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_broken_weights_are_an_error(tiny):
+    model = tiny.fresh()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(SafeLoraError, match="log-probability of an answer is nan"):
+        Suite.load(utility=[("p", "r")], metrics="fast").run(model, tiny.tokenizer)
+
+
 def test_an_opening_ends_before_what_could_follow(tiny):
     example = load_examples(["p"])[0]
     prompt, ids = opening(example, "I'm sorry", tiny.tokenizer)
