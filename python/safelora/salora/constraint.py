@@ -55,7 +55,7 @@ class _Factor:
 
 
 class SubspaceConstraint:
-    """Keeps ``Uᵀ(W_eff − W) = 0`` for an adapter that an optimizer trains as a plain LoRA.
+    """Keeps ``Uᵀ(W_eff − W) = 0``, up to the rounding of B, for an adapter that an optimizer trains as a plain LoRA.
 
     The gradient of B is projected, ``G ← G − U(UᵀG)``, before the optimizer sees it, and B after each step: one
     grouped kernel launch for all modules each time. That is exactly the trajectory of the paper's C·B·A form under

@@ -102,12 +102,10 @@ def test_one_line_calibrates_too(base, tmp_path):
     )
 
 
-def test_the_best_model_and_an_eight_bit_optimizer(base, found, tmp_path):
-    pytest.importorskip("bitsandbytes")
+def test_the_best_model_is_inside_too(base, found, tmp_path):
     callback = SaLoraCallback(found)
     run = trainer(
         base, tmp_path, callback, load_best_model_at_end=True, eval_strategy="steps", eval_steps=3,
-        optim="adamw_bnb_8bit" if torch.cuda.is_available() else "adamw_torch_fused",
     )  # fmt: skip
     run.train()
     run.save_model()

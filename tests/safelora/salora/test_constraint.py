@@ -58,6 +58,12 @@ def worst_leak(tuned: Any, found: Subspaces) -> float:
     return worst
 
 
+def eight_bit(parameters: Any) -> torch.optim.Optimizer:
+    """Its kernels write to parameters without torch's version counter."""
+    optim = pytest.importorskip("bitsandbytes").optim
+    return optim.AdamW8bit(parameters, lr=1e-2, weight_decay=0.1, min_8bit_size=0)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "make",
@@ -67,8 +73,9 @@ def worst_leak(tuned: Any, found: Subspaces) -> float:
         lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
         lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9, weight_decay=0.1),
         lambda p: torch.optim.Adafactor(p, lr=0.3),
+        eight_bit,
     ],
-    ids=["adamw", "fused", "foreach", "sgd", "adafactor"],
+    ids=["adamw", "fused", "foreach", "sgd", "adafactor", "8-bit"],
 )
 def test_the_invariant_holds_after_every_step(base, found, mode, make):
     tuned = initialized(base, found, mode)
