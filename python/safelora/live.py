@@ -42,6 +42,7 @@ from .peft_model import (
     whole,
 )
 from .report import SafeLoraReport
+from .serving import serving_notes
 from .stream import READ_AHEAD_BYTES, MappedRange, ReadAhead
 from .weights import Difference, Normalize, OpenWeight, Stored, WeightMatch
 
@@ -426,6 +427,7 @@ class _Job:
             dry_run=dry_run,
             passed_through=self.adapter.passed_through,
             warnings=self.warnings + self._rounding_warnings(measured, norms),
+            serving=[str(note) for note in serving_notes(self.adapter)],
         )
 
     def _measure(
