@@ -87,12 +87,18 @@ def calibrating(layers: Layers) -> Iterator[None]:
         if active != [layers.adapter]:
             model.set_adapter(layers.adapter)
         model.eval()
+        for module in model.modules():
+            if type(module).__name__ == "Linear4bit":
+                # In evaluation mode bitsandbytes repacks 4-bit weights on CPUs for a kernel that passes no gradient on.
+                # Asking for the state unpacks them.
+                module.train()
+                module.state_dict()
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
         if active != [layers.adapter]:
-            model.base_model.set_adapter(active)
+            model.set_adapter(active[0]) if len(active) == 1 else model.base_model.set_adapter(active)
         for module, mode in training.items():
             module.training = mode
         for parameter, wanted in trainable.items():

@@ -38,8 +38,8 @@ class Moments(Protocol):
         """F z for z d × k."""
         ...
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """F itself."""
+    def dense(self, dtype: torch.dtype | None) -> torch.Tensor:
+        """F itself, not to be written to; in the dtype that it is in where None is asked for."""
         ...
 
 
@@ -59,8 +59,8 @@ class Gram:
     def apply(self, z: torch.Tensor) -> torch.Tensor:
         return (self.matrix.to(z.dtype) if z.dtype.itemsize > self.matrix.element_size() else self.matrix) @ z
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.matrix.to(dtype)
+    def dense(self, dtype: torch.dtype | None) -> torch.Tensor:
+        return self.matrix if dtype is None else self.matrix.to(dtype)
 
 
 class Rows:
@@ -85,7 +85,7 @@ class Rows:
 
         return sk.gram_apply(self.x, z, self.weights.to(z.dtype))
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+    def dense(self, dtype: torch.dtype | None) -> torch.Tensor:
         import safelora_kernels as sk
 
         return sk.gram(self.x, self.weights, out_dtype=dtype)
@@ -161,15 +161,17 @@ def _right_side(problem: Problem, a: torch.Tensor, shift: tuple[float, float]) -
 def _cholesky(problem: Problem, a: torch.Tensor, tolerance: float, max_iterations: int) -> Solution:
     import torch
 
-    base = problem.task.dense(torch.float64).clone()
-    base.add_(problem.safety.dense(torch.float64), alpha=problem.strength)
+    matrix = problem.task.dense(torch.float64)
+    if isinstance(problem.task, Gram) and matrix is problem.task.matrix:
+        matrix = matrix.clone()
+    matrix.add_(problem.safety.dense(None), alpha=problem.strength)
     mean_s = problem.safety.mean_diagonal()
-    jitter = problem.jitter
+    jitter, added = problem.jitter, 0.0
     for _ in range(4):
         shift = (problem.shift[0], jitter * mean_s)
         rho = shift[0] + problem.strength * shift[1]
-        matrix = base.clone()
-        matrix.diagonal().add_(rho)
+        matrix.diagonal().add_(rho - added)
+        added = rho
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not int(failed):
             right = _right_side(problem, a, shift)
