@@ -3,8 +3,8 @@
     python benchmarks/input_filter.py --dim 2048 8192 --tokens 8192 --rank 16
 
 Inputs are synthetic: a common mean and a spectrum that falls like 1/i, as activations have, in bf16. Each solver runs
-in a process of its own, so that its peak memory is its own; the bandwidth is that of reading the tokens, measured in the
-same process between the solves. Processor time is given beside wall time.
+in a process of its own, so that its peak memory is its own; the bandwidth is that of reading the tokens, measured in
+the same process between the solves. Processor time is given beside wall time.
 """
 
 from __future__ import annotations

@@ -177,7 +177,9 @@ class Collector:
             import torch
 
             leader = self._leader[module]
-            x = torch.cat(self._tokens[leader, side])
+            parts = self._tokens[leader, side]
+            parts[:] = [torch.cat(parts)] if len(parts) > 1 else parts
+            x = parts[0]
             weights = torch.cat(self._weights[source, side]) / total
             if fold is None:
                 return Rows(x, weights)
@@ -185,8 +187,8 @@ class Collector:
             return Rows(x[chosen], weights[chosen])
         if fold is not None:
             return Gram(self._grams[source, side, fold] / total)
-        parts = [self._grams[key] for key in ((source, side, 0), (source, side, 1)) if key in self._grams]
-        return Gram(sum(parts[1:], parts[0]) / total)
+        grams = [self._grams[key] for key in ((source, side, 0), (source, side, 1)) if key in self._grams]
+        return Gram(sum(grams[1:], grams[0]) / total)
 
     def _forward_only(self, side: str, batch: Batch, enabled: bool) -> None:
         import torch

@@ -68,17 +68,18 @@ class Rows:
 
     def __init__(self, x: torch.Tensor, weights: torch.Tensor) -> None:
         self.x, self.weights = x, weights
+        self._mean: float | None = None
 
     @property
     def dim(self) -> int:
         return int(self.x.shape[1])
 
     def mean_diagonal(self) -> float:
-        squares = (block.double().square().sum(1) for block in self.x.split(1024))
-        total = sum(
-            float(square @ weight.double()) for square, weight in zip(squares, self.weights.split(1024), strict=True)
-        )
-        return total / self.dim
+        if self._mean is None:
+            squares = (block.double().square().sum(1) for block in self.x.split(1024))
+            parts = zip(squares, self.weights.split(1024), strict=True)
+            self._mean = sum(float(square @ weight.double()) for square, weight in parts) / self.dim
+        return self._mean
 
     def apply(self, z: torch.Tensor) -> torch.Tensor:
         import safelora_kernels as sk
@@ -326,14 +327,14 @@ def choose(d: int, tokens: int, distinct: int, ranks: Sequence[int], itemsize: i
     """The cheapest solver for a group of modules with one input of d entries that fits in `budget` bytes.
 
     Costs in fused multiply-adds: N d²/2 for each distinct moment, d³/3 for its factor; N² d/2 + N³/3 for the dual;
-    2 N d (r·iterations + 128) for conjugate gradients with their sketch, which move memory rather than compute and
-    count `_THIN` times.
+    2 N d (r·iterations + 128) for conjugate gradients with their sketch. On CPUs all three run at much the same rate
+    (docs/filter.md).
     """
     n, rank = float(tokens), sum(ranks) / distinct
     cost: dict[Solver, float] = {
         "cholesky": distinct * (n * d * d / 2 + d**3 / 3),
         "dual": distinct * (n * n * d / 2 + n**3 / 3),
-        "cg": distinct * 2 * n * d * (rank * _ITERATIONS + 128) * _THIN,
+        "cg": distinct * 2 * n * d * (rank * _ITERATIONS + 128),
     }
     rows = n * d * itemsize
     size: dict[Solver, float] = {
@@ -344,4 +345,4 @@ def choose(d: int, tokens: int, distinct: int, ranks: Sequence[int], itemsize: i
     return min((name for name in cost if size[name] <= budget), key=lambda name: cost[name])
 
 
-_ITERATIONS, _THIN = 40, 3
+_ITERATIONS = 60
