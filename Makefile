@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 NATIVE_SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find cmake csrc -type f 2>/dev/null)
 CXX_FILES := $(shell find csrc examples/cpp tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test bench figures lint format clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ test: setup ## Run every test
 
 bench: setup ## Measure the kernels against memory and against stock torch (results in build/bench)
 	$(BIN)/safelora bench --out build/bench $(BENCH)
+
+figures: setup ## Measure, and write the figures into README.md and docs
+	$(BIN)/safelora bench --out docs/measured
+	$(BIN)/python benchmarks/write_tables.py docs/measured/bench.json
+	$(BIN)/python docs/generate_api.py
 
 lint: setup ## Check style and types
 	$(BIN)/ruff check .

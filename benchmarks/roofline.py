@@ -1,7 +1,7 @@
 """Predicted times of the GPU kernels, from bytes and operations counted in their code, and measured ones beside them.
 
-    python benchmarks/roofline.py --write    # measures on this machine's GPU, and puts the table into docs/ROOFLINE.md
-    python benchmarks/roofline.py --predict  # the predictions alone, as docs/ROOFLINE.md has them
+    python benchmarks/roofline.py --write    # measures on this machine's GPU, and puts the table into docs/roofline.md
+    python benchmarks/roofline.py --predict  # the predictions alone, as docs/roofline.md has them
 
 A time is the largest of the bytes that memory moves, the bytes that L2 moves and the operations, each over what of the
 maker's figure is taken to be within reach. The tests hold the counts to those that the CUDA code plans with.
@@ -23,7 +23,7 @@ import torch
 
 import safelora_kernels as sk
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "ROOFLINE.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "roofline.md"
 MEASURED = ("<!-- measured -->", "<!-- end of measured -->")
 ARITHMETIC = 0.5  # of the maker's figure
 
@@ -246,7 +246,7 @@ def duration(seconds: float) -> str:
 
 
 def predictions() -> str:
-    """The table of docs/ROOFLINE.md."""
+    """The table of docs/roofline.md."""
     lines = ["| call | compulsory | " + " | ".join(chip.name for chip in CHIPS) + " |", "|---" * (len(CHIPS) + 2) + "|"]
     for case in CASES:
         cells = []

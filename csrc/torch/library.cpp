@@ -36,7 +36,10 @@ struct Cpu final : binding::Views {
 }  // namespace
 }  // namespace safelora
 
-STABLE_TORCH_LIBRARY_IMPL(safelora, CPU, m) { safelora::binding::implement<safelora::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(safelora, CPU, m) {
+  safelora::binding::implement<safelora::Cpu>(m);
+  m.impl("gram_apply_layers", TORCH_BOX(&safelora::binding::gram_apply_layers_op<safelora::Cpu>));
+}
 
 static std::int64_t cpu_path() { return static_cast<std::int64_t>(safelora::active_isa()); }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -68,7 +69,8 @@ def describe(device: str) -> dict[str, str]:
     name = torch.cuda.get_device_name() if device == "cuda" else found["processor"].split(",")[0]
     path = found.get("cpu code path", "")
     threads = f", {torch.get_num_threads()} threads" + (f", {path}" if path else "")
-    return {"device": name + (threads if device == "cpu" else ""), **found}
+    load = f"{os.getloadavg()[0]:.1f} before the run"
+    return {"device": name + (threads if device == "cpu" else ""), "load average": load, **found}
 
 
 def _chosen(arguments: argparse.Namespace, extra: Callable[[], Iterable[Case]] | None) -> Iterator[Case]:

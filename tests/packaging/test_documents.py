@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import shutil
@@ -156,6 +157,18 @@ def test_safelora_examples_run(document: Path, here: Path, capsys: pytest.Captur
     for words in runnable(document):
         status = safelora.cli.main(words[1:])
         assert status == 0, f"{' '.join(words)} returned {status}: {capsys.readouterr().err}"
+
+
+def test_the_api_page_is_that_of_the_docstrings() -> None:
+    spec = importlib.util.spec_from_file_location("generate_api", ROOT / "docs" / "generate_api.py")
+    assert spec is not None and spec.loader is not None
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    current = generator.page()
+    assert (ROOT / "docs" / "api.md").read_text() == current, "out of date: python docs/generate_api.py"
+    for name in generator.MODULES:
+        for public in importlib.import_module(name).__all__:
+            assert public == "reference" or f"### `{public}`" in current
 
 
 def test_an_unknown_option_is_found() -> None:
