@@ -145,6 +145,9 @@ def test_undo_and_state(built):
 def test_live_equals_offline(tmp_path, weight):
     _, aligned = make(llama, {"target_modules": "all-linear", "r": 3}, tmp_path)
     source = {name: tensor.clone() for name, tensor in aligned.state_dict().items()}
+    aligned.train()
+    aligned.model.norm.requires_grad_(False)
+    trainable = {name: parameter.requires_grad for name, parameter in aligned.named_parameters()}
     files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
     model = PeftModel.from_pretrained(copy.deepcopy(aligned), tmp_path / "adapter")
     report = filter_adapter(model, SAFETY, TASK, weight=weight)
@@ -162,6 +165,8 @@ def test_live_equals_offline(tmp_path, weight):
     # The model that was lent has no adapter, and its weights and names, again.
     assert source.keys() == aligned.state_dict().keys() and not hasattr(aligned, "peft_config")
     assert all(torch.equal(source[name], tensor) for name, tensor in aligned.state_dict().items())
+    assert trainable == {name: parameter.requires_grad for name, parameter in aligned.named_parameters()}
+    assert all(module.training for module in aligned.modules())
     before, after = (
         load_file(tmp_path / "adapter" / "adapter_model.safetensors"),
         load_file(tmp_path / "from disk" / "adapter_model.safetensors"),

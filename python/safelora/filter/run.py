@@ -663,6 +663,8 @@ def _loaded(model: Any, source: Adapter, device: str | None, dtype: str, local_f
     if in_memory and not hasattr(model, "named_modules"):
         raise SafeLoraError(f"model is a {type(model).__name__}, expected a path, a repository id or a model.")
     plain = model if in_memory else _load(model, device, dtype, local_files_only)
+    training = {module: module.training for module in plain.modules()}
+    trainable = {parameter: parameter.requires_grad for parameter in plain.parameters()}
     peft_model = PeftModel.from_pretrained(plain, str(source.root))
     try:
         yield peft_model
@@ -671,6 +673,10 @@ def _loaded(model: Any, source: Adapter, device: str | None, dtype: str, local_f
             peft_model.unload()
             if hasattr(plain, "peft_config"):
                 del plain.peft_config
+            for module, mode in training.items():
+                module.training = mode
+            for parameter, wanted in trainable.items():
+                parameter.requires_grad_(wanted)
 
 
 def _load(model: str | os.PathLike[str], device: str | None, dtype: str, local_files_only: bool) -> Any:
