@@ -220,7 +220,7 @@ def _folders() -> list[str]:
 def _object(variant: str, source: Path, extra: Sequence[str] = ()) -> Path:
     torch_include = ["-isystem", str(Path(torch.__file__).parent / "include")]
     kernel = source.suffix == ".cu"
-    flags = ["-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", *STRICT, *SANITIZE[variant]]
+    flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", *STRICT, *SANITIZE[variant]]
     # The machine keeps its own memory from the race detector; the CUDA code is what it looks at.
     if variant == "tsan":
         flags += ["-fsanitize=thread"] if kernel else ["-DSIMT_TSAN"]
