@@ -31,7 +31,7 @@ def pack(tokenizer: Any, examples: Sequence[Example]) -> tuple[torch.Tensor, tor
 
 def answer_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the labelled tokens; logits are formed only where there is a label."""
-    causal = model.get_base_model()
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = causal.model(input_ids=ids, attention_mask=mask).last_hidden_state[:, :-1]
         labelled = labels[:, 1:] != IGNORED
@@ -40,11 +40,23 @@ def answer_loss(model: Any, ids: torch.Tensor, labels: torch.Tensor, mask: torch
 
 
 def train(
-    model: Any, tokenizer: Any, draw: Callable[[], list[Example]], *, steps: int, learning_rate: float, warmup: int = 8
+    model: Any,
+    tokenizer: Any,
+    draw: Callable[[], list[Example]],
+    *,
+    steps: int,
+    learning_rate: float,
+    warmup: int = 8,
+    watch: Callable[[torch.optim.Optimizer], Any] | None = None,
 ) -> list[float]:
-    """Train with AdamW, a short warm-up and a linear decay to a tenth; returns the loss of every step."""
+    """Train with AdamW, a short warm-up and a linear decay to a tenth; returns the loss of every step.
+
+    ``watch`` is given the optimizer before the first step.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    if watch is not None:
+        watch(optimizer)
     model.train()
     losses = []
     for step in range(steps):
