@@ -71,8 +71,11 @@ class Evaluation:
             rows = [{"model": outcome.label, **row} for outcome in self.outcomes for row in outcome.rows]
             if rows:
                 write_jsonl(directory / "responses.jsonl", rows)
+            stems: list[str] = []
             for outcome in self.outcomes:
-                write_formats(directory, slug(outcome.label), outcome.rows)
+                stem = slug(outcome.label)
+                stems.append(stem if stem not in stems else f"{stem}-{len(stems)}")
+                write_formats(directory, stems[-1], outcome.rows)
 
 
 def evaluate_adapters(

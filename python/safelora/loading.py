@@ -36,6 +36,7 @@ def load_model(
     Raises SafeLoraError when it cannot be loaded.
     """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -46,7 +47,8 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         spread = {"device_map": "auto"} if device == "auto" else {}
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options, **spread)
+        wanted = {"dtype" if _renamed(transformers.__version__) else "torch_dtype": dtype}
+        model = AutoModelForCausalLM.from_pretrained(source, **wanted, **options, **spread)
     except (OSError, ValueError, KeyError) as error:
         raise SafeLoraError(f"{os.fspath(source)} cannot be loaded as a causal language model: {error}") from error
     if chat_template is not None:
@@ -57,6 +59,11 @@ def load_model(
     if not spread:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), tokenizer
+
+
+def _renamed(version: str) -> bool:
+    """Whether this transformers calls the option dtype, as it does from 4.56 on."""
+    return tuple(int(part) for part in version.split(".")[:2]) >= (4, 56)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safelora.ask import answers, likelihoods, opening
 from safelora.cli import main
 from safelora.data import Example, encode, load_examples
 from safelora.evaluate import BARE, evaluate_adapters
+from safelora.loading import load_model
 from safelora.suite import Suite
 from tests.safelora.tiny import Tiny, make_tiny
 
@@ -406,6 +408,30 @@ def test_a_failing_write_leaves_nothing(tiny, tmp_path, monkeypatch):
     result.save(tmp_path / "out", overwrite=True)
     with pytest.raises(SafeLoraError, match="not empty"):
         result.save(tmp_path / "out")
+
+
+def test_labels_that_are_one_file_name_get_two(tiny, tmp_path):
+    result = evaluate_adapters(tiny.fresh(), tokenizer=tiny.tokenizer, safety=["p"], max_new_tokens=2)
+    twice = replace(result, outcomes=[replace(result.outcomes[0], label=label) for label in ("a/b", "a_b")])
+    twice.save(tmp_path / "out")
+    names = {name for name in os.listdir(tmp_path / "out") if "strongreject" in name}
+    assert names == {"a_b.strongreject.jsonl", "a_b-1.strongreject.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("version", "name"),
+    [("4.45.0", "torch_dtype"), ("4.55.4", "torch_dtype"), ("4.56.0", "dtype"), ("5.23.0", "dtype")],
+)
+def test_the_option_for_the_dtype_has_had_two_names(version, name, tiny, monkeypatch):
+    import transformers
+
+    seen = {}
+    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda source, **options: seen.update(options) or tiny.fresh()
+    )
+    load_model(tiny.aligned, dtype="bfloat16")
+    assert seen[name] == "bfloat16" and not {"dtype", "torch_dtype"} - {name} & seen.keys()
 
 
 def test_a_chat_template_can_be_given(tiny, tmp_path, capsys):
