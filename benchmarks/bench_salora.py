@@ -56,7 +56,7 @@ def cost(arguments: argparse.Namespace) -> None:
         for _ in range(LAYERS)
         for d_out, d_in in SHAPES.values()
     ]
-    bases = [torch.linalg.qr(torch.randn(b.shape[0], k))[0] for _, b in adapters]
+    bases = [torch.linalg.qr(torch.randn(b.shape[0], k))[0].double() for _, b in adapters]
     Bs = [b for _, b in adapters]
     gradients = [torch.randn_like(b) for b in Bs]
     inputs = {d_in: torch.randn(tokens, d_in) for _, d_in in SHAPES.values()}
@@ -107,6 +107,7 @@ def authors(arguments: argparse.Namespace) -> None:
     weight, x = torch.randn(d, d) * 0.02, torch.randn(tokens, d)
     basis = torch.linalg.qr(torch.randn(d, k))[0]
     C = torch.eye(d) - basis @ basis.t()
+    basis = basis.double()
     factors = {
         name: (torch.randn(rank, d).mul_(0.02).requires_grad_(), torch.zeros(d, rank, requires_grad=True))
         for name in ("ours", "theirs")

@@ -292,10 +292,14 @@ def _factors(found: AdapterLayers, subspaces: Subspaces) -> Iterator[_Factor]:
             rank //= 2
         basis, input_basis = subspaces.bases.get(name), subspaces.input_bases.get(name)
         if basis is not None or packed:
-            yield _Factor(f"lora_B of {name}", b, "left", None if basis is None else basis.to(b.device), rank, frozen_b)
+            yield _Factor(f"lora_B of {name}", b, "left", _wide(basis, b), rank, frozen_b)
         if input_basis is not None or packed:
-            basis = None if input_basis is None else input_basis.to(a.device)
-            yield _Factor(f"lora_A of {name}", a, "right", basis, rank, frozen_a)
+            yield _Factor(f"lora_A of {name}", a, "right", _wide(input_basis, a), rank, frozen_a)
+
+
+def _wide(basis: Tensor | None, parameter: Any) -> Tensor | None:
+    """The basis in fp64, in which the kernels then add: sums in fp32 put back into U seven times B's own rounding."""
+    return None if basis is None else basis.to(parameter.device, torch.float64)
 
 
 def _apply(held: list[tuple[_Factor, Any]], gradients: bool = False) -> None:
