@@ -111,6 +111,14 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @PAGES
+def test_tests_named_exist(document: Path) -> None:
+    for path, names in re.findall(r"`(tests/[\w/]+\.py)`(?:: ((?:`\w+`(?:, )?)+))?", document.read_text()):
+        source = (ROOT / path).read_text()
+        for name in re.findall(r"\w+", names):
+            assert f"def {name}(" in source, f"{document.name} names {name}, which {path} does not have"
+
+
+@PAGES
 def test_blocks_name_their_language(document: Path) -> None:
     unnamed = [block.line for block in blocks(document) if block.language not in LANGUAGES]
     assert not unnamed, f"{document.name}: the blocks at lines {unnamed} name none of {sorted(LANGUAGES)}"
