@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,7 @@ def roofline(run: Run) -> Figure:
         if others:
             best[key] = min(others, key=lambda row: row.median)
     ours = [row for row in rows if row.variant == OURS]
-    markers = dict(zip(dict.fromkeys(row.op for row in rows), "osD^vPX*", strict=False))
+    markers = dict(zip(dict.fromkeys(row.op for row in rows), cycle("osD^vPX*<>pHd"), strict=False))
     for row in ours:
         other = best.get((row.op, row.case))
         x = row.flops / row.bytes

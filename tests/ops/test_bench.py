@@ -165,6 +165,15 @@ def test_json_and_csv_hold_everything(small: Run, tmp_path: Path) -> None:
     assert [json.loads(row["parameters"]) for row in rows] == [row.parameters for row in small.rows]
 
 
+def test_charts_hold_any_number_of_operators(small: Run, tmp_path: Path) -> None:
+    from safelora_kernels.bench import charts
+
+    many = [replace(row, op=f"op {i}") for i in range(20) for row in small.rows[:3]]
+    written = charts.save(replace(small, rows=many), tmp_path)
+    assert [path.name for path in written] == ["roofline.png", "speedups.png", "curves.png"]
+    assert all(path.stat().st_size > 10_000 for path in written)
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", "no json", '{"format": "safelora-bench/0"}'])
 def test_what_is_no_run_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "x.json").write_text(content)
