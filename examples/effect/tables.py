@@ -1,4 +1,4 @@
-"""Write the tables and the picture of docs/EFFECT.md from the raw data.
+"""Write the tables and the picture of docs/effect.md from the raw data.
 
     python examples/effect/tables.py [--check]
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parents[1] / "docs" / "EFFECT.md"
+PAGE = HERE.parents[1] / "docs" / "effect.md"
 RESULTS = HERE / "results"
 RESAMPLES = 2000
 LABELS = {
