@@ -47,6 +47,7 @@ CUDA = ROOT / "csrc" / "cuda"
 SIMT = ROOT / "tests" / "simt"
 CACHE = ROOT / "build" / "emulated"
 INCLUDES = [CUDA, ROOT / "csrc" / "include", ROOT / "csrc" / "torch", ROOT / "csrc", ROOT / "tests"]
+PROJECT_WORKSPACE = 4 << 20
 TARGET_VERSION = "0x020a000000000000ULL"
 STRICT = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
 SANITIZE = {
@@ -254,8 +255,12 @@ def library(variant: str, sources: tuple[Path, ...] | None = None) -> Path:
             ROOT / "csrc" / "torch" / "cuda_library.cpp",
             ROOT / "csrc" / "cpu" / "debug.cpp",
         ]
-    # With room for one or two layers at a time, so that tests of several see them go in runs.
-    names = [f"-DSAFELORA_NAMESPACE={namespace}", "-DSAFELORA_KEY=CPU", "-DSAFELORA_PROJECT_WORKSPACE=65536"]
+    # With so little room that a test can have more layers than go at a time.
+    names = [
+        f"-DSAFELORA_NAMESPACE={namespace}",
+        "-DSAFELORA_KEY=CPU",
+        f"-DSAFELORA_PROJECT_WORKSPACE={PROJECT_WORKSPACE}",
+    ]
     jobs = [(path, names) for path in (*common, *host)]
     if variant != "ptx":
         jobs = [*((path, []) for path in kernels), *jobs]

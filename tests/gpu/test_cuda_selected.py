@@ -11,7 +11,7 @@ from torch import Tensor
 from safelora_kernels import reference
 
 from ..ops.truth import random_layer
-from .emulated import Device, emulator, need, run, run_all
+from .emulated import PROJECT_WORKSPACE, Device, emulator, need, run, run_all
 from .test_cuda_project import Pair, arguments, pair
 
 HOPPER = Device(arch=90, sm_count=2, l2_bytes=50 << 20, shared_bytes=227 << 10)
@@ -70,6 +70,17 @@ def test_no_order_changes_a_bit(driver: str, device: Device) -> None:
     projection = run("project_layers", *arguments(pairs), driver=driver, device=device)
     results = run_all("project_selected_layers", *arguments(pairs), *mode, drivers=[driver], device=device)
     assert int(check(results[driver], pairs, mode, projection).sum()) == 4
+
+
+def test_layers_that_go_in_several_runs() -> None:
+    d_in, rank = 3200, 32
+    pairs = [pair(random_layer(4, d_in, rank, torch.bfloat16, torch.bfloat16)) for _ in range(12)]
+    assert len(pairs) * 4 * d_in * rank > PROJECT_WORKSPACE  # Y alone
+    mode = (None, 6, "strict")
+    result = run("project_selected_layers", *arguments(pairs), *mode)
+    assert int(check(result, pairs, mode, run("project_layers", *arguments(pairs))).sum()) == 6
+    for new, one, taken in zip(result[0], pairs, result[3], strict=True):
+        assert torch.equal(new, run("project_layers", *arguments([one]))[0][0] if taken else one.lora_B[0])
 
 
 def test_more_adapters_than_one_launch_holds() -> None:
