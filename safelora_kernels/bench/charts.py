@@ -54,7 +54,7 @@ def roofline(run: Run) -> Figure:
         axis.plot([left, end], [bandwidth * left, bandwidth * end], color=_INK, lw=1, label=label)
     best = {}
     for key, group in by_case(rows).items():
-        others = [row for row in group if row.variant != OURS]
+        others = [row for row in group if row.variant != OURS and row.error is not None]
         if others:
             best[key] = min(others, key=lambda row: row.median)
     ours = [row for row in rows if row.variant == OURS]

@@ -111,6 +111,14 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @PAGES
+def test_commands_named_exist(document: Path) -> None:
+    (commands,) = (action for action in safelora.cli._parser()._actions if action.choices)
+    assert commands.choices is not None
+    named = set(re.findall(r"`safelora ([a-z][a-z-]*)", document.read_text()))
+    assert named <= set(commands.choices), named - set(commands.choices)
+
+
+@PAGES
 def test_tests_named_exist(document: Path) -> None:
     for path, names in re.findall(r"`(tests/[\w/]+\.py)`(?:: ((?:`\w+`(?:, )?)+))?", document.read_text()):
         source = (ROOT / path).read_text()
