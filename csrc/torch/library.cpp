@@ -36,10 +36,7 @@ struct Cpu final : binding::Views {
 }  // namespace
 }  // namespace safelora
 
-STABLE_TORCH_LIBRARY_IMPL(safelora, CPU, m) {
-  safelora::binding::implement<safelora::Cpu>(m);
-  m.impl("gram_apply_layers", TORCH_BOX(&safelora::binding::gram_apply_layers_op<safelora::Cpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(safelora, CPU, m) { safelora::binding::implement<safelora::Cpu>(m); }
 
 static std::int64_t cpu_path() { return static_cast<std::int64_t>(safelora::active_isa()); }
 

@@ -246,6 +246,7 @@ void implement(Library& m) {
   m.impl("select_layers", TORCH_BOX(&select_layers_op<Target>));
   m.impl("project_out_layers", TORCH_BOX(&project_out_layers_op<Target>));
   m.impl("project_out_layers_", TORCH_BOX(&project_out_layers_inplace_op<Target>));
+  m.impl("gram_apply_layers", TORCH_BOX(&gram_apply_layers_op<Target>));
   m.impl("salora_linear", TORCH_BOX(&salora_linear_op<Target>));
   m.impl("salora_linear_backward", TORCH_BOX(&salora_linear_backward_op<Target>));
 }

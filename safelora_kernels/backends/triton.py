@@ -29,6 +29,7 @@ _MODULES = {
     "select_layers": "select",
     "project_out_layers": "complement",
     "project_out_layers_": "complement",
+    "gram_apply_layers": "gram",
     "salora_linear": "salora",
     "salora_linear_backward": "salora",
 }

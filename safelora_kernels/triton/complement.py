@@ -207,13 +207,13 @@ def _launch(pairs: Sequence[Pair], key: Any, side: str, arch: str, programs: int
         m = x.shape[1] if side == "left" else x.shape[0]
         rows.append([*tables.view(x), *tables.view(basis), *tables.view(out), d, m, k, 0, 0, 0, cdiv(d, CHUNK)])
     items = torch.tensor(rows, dtype=torch.int64)
-    group_table, block = _expanded(items, (items[:, 10] + columns - 1) // columns)
+    group_table, block = tables.expanded(items, (items[:, 10] + columns - 1) // columns)
     group_table[:, 12] = block * columns
     sizes = (group_table[:, 11] + BASIS_COLUMNS - 1) // BASIS_COLUMNS * (BASIS_COLUMNS * columns)
     chunks = group_table[:, 15]
-    group_table[:, 13] = _starts(sizes * chunks)
-    group_table[:, 14] = _starts(sizes)
-    task_table = _tasks(chunks, programs)
+    group_table[:, 13] = tables.starts(sizes * chunks)
+    group_table[:, 14] = tables.starts(sizes)
+    task_table = tables.in_turns(chunks, chunks, programs)
     n_groups, n_tasks = len(group_table), len(task_table)
     on_device = tables.upload(device, group_table, task_table)
     arguments = (
@@ -241,27 +241,6 @@ def _launch(pairs: Sequence[Pair], key: Any, side: str, arch: str, programs: int
         "STAGES": 4 if all(vectors) and columns == 16 and not arch.startswith("gfx") else 2,
     }
     return Launch(project_out_kernel, (min(programs, n_tasks),), arguments, constexprs, OPTIONS)
-
-
-def _starts(sizes: Tensor) -> Tensor:
-    return sizes.cumsum(0) - sizes
-
-
-def _expanded(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as often as ``counts`` says, and the number of each copy among those of its row."""
-    copies = rows.repeat_interleave(counts, dim=0)
-    return copies, torch.arange(len(copies)) - _starts(counts).repeat_interleave(counts)
-
-
-def _tasks(chunks: Tensor, programs: int) -> Tensor:
-    """Tasks in the order in which they are drawn: a group's second kind comes as many first ones after its own as there
-    are programs, so that it seldom waits and seldom finds its chunk gone from L2."""
-    group, chunk = _expanded(torch.arange(len(chunks)), chunks)
-    codes = (group << 32) | (chunk << 1)
-    first = 2 * torch.arange(len(codes))
-    second = 2 * (chunks.cumsum(0)[group] - 1 + programs) + 1
-    order = torch.cat([first, second]).argsort(stable=True)
-    return torch.cat([codes, codes | 1])[order]
 
 
 def project_out_into(outs: Sequence[Tensor], xs: Sequence[Tensor], bases: Sequence[Tensor], side: str) -> None:

@@ -1,4 +1,4 @@
-"""Small launches of the complement and SaLoRA kernels, with their truth, for the manifest of :mod:`.aot`."""
+"""Small launches of the complement, Gram and SaLoRA kernels, with their truth, for the manifest of :mod:`.aot`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import reference
-from . import complement, salora
+from . import complement, gram, salora
 from .aot import CUDA_TARGETS, Entry, Example, close
 from .tables import PIECE, Launch, writes
 
@@ -92,6 +92,51 @@ def _complement_entries(arch: str) -> list[Entry]:
             targets,
         )
         for name, batches, types, side, matrix, wide, targets in variants
+    ]
+
+
+def _applications(shapes: Sequence[tuple[int, int, int]], types: Types, arch: str, programs: int = 3) -> Made:
+    """A batch of (tokens, d, r) in one launch, every other one without weights."""
+    generator = torch.Generator().manual_seed(len(shapes))
+    items, truths = [], []
+    for i, (tokens, d, r) in enumerate(shapes):
+        x = torch.randn(tokens, d, generator=generator).to(types[0])
+        z = torch.randn(d, r, generator=generator).to(types[1])
+        weights = None if i % 2 else torch.rand(tokens, generator=generator)
+        items.append(gram.Item(x, z, weights, torch.full((d, r), torch.nan)))
+        none = torch.empty(0) if weights is None else weights.double()
+        truths.append(reference.gram_apply_layers([x.double()], [z.double()], [none])[0])
+    (launch,) = gram.launches(items, arch, programs)
+    for workspace in launch.args[2:5]:
+        workspace.fill_(torch.nan)
+
+    def check() -> None:
+        for item, truth in zip(items, truths, strict=True):
+            close(item.out, truth, 1e-6)
+
+    return launch, [tensor for item in items for tensor in item if tensor is not None], check
+
+
+def _gram_entries(arch: str) -> list[Entry]:
+    vendor, opcode = ("amd", "v_mfma_f32") if arch == AMD else ("nvidia", "MMA")
+    every, some = (HIP_TARGETS, HIP_TARGETS) if arch == AMD else (CUDA_TARGETS, TWO_TARGETS)
+    variants: list[tuple[str, list[list[tuple[int, int, int]]], Types, bool, tuple[str, ...]]] = [
+        ("bf16", [[(580, 16, 16), (70, 72, 8)], [(72, 520, 16)]], (BF16, FP32), True, every),
+        ("fp32", [[(130, 72, 16), (9, 520, 4)]], (FP32, FP32), True, every),
+        ("ranks_bf16", [[(70, 80, 48), (130, 16, 64)]], (BF16, FP32), True, every),
+        ("ranks_fp32", [[(70, 80, 48)]], (FP32, FP32), True, every),
+        ("narrow", [[(70, 80, 16)]], (BF16, BF16), True, some),
+        ("odd", [[(67, 35, 5), (1, 1, 1)]], (FP16, FP32), False, some),
+    ]
+    return [
+        _entry(
+            f"gram_apply_{name}_{vendor}",
+            [partial(_applications, shapes, types, arch) for shapes in batches],
+            opcode,
+            wide,
+            targets,
+        )
+        for name, batches, types, wide, targets in variants
     ]
 
 
@@ -234,7 +279,9 @@ def _write(part: int) -> Made:
 ENTRIES = [
     _entry("write_table", [partial(_write, 0), partial(_write, 1)], "", False, ()),
     *_complement_entries(NVIDIA),
+    *_gram_entries(NVIDIA),
     *_salora_entries(NVIDIA),
     *_complement_entries(AMD),
+    *_gram_entries(AMD),
     *_salora_entries(AMD),
 ]

@@ -141,6 +141,31 @@ def _load_write_kernel(device: torch.device) -> None:
         run(writes(torch.zeros(1, dtype=torch.int64), torch.empty(PIECE, dtype=torch.int64, device=device)), device)
 
 
+def starts(sizes: Tensor) -> Tensor:
+    """Where each of some runs begins that follow one another."""
+    return sizes.cumsum(0) - sizes
+
+
+def expanded(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as often as ``counts`` says, and the number of each copy among those of its row."""
+    copies = rows.repeat_interleave(counts, dim=0)
+    return copies, torch.arange(len(copies)) - starts(counts).repeat_interleave(counts)
+
+
+def in_turns(firsts: Tensor, seconds: Tensor, programs: int) -> Tensor:
+    """The tasks of groups that have so many of a first and of a second kind, as ``group << 32 | number << 1 | kind`` in
+    the order in which they are drawn: a group's second kind comes as many first ones after its own as there are
+    programs, so that it seldom waits and seldom finds its memory gone from L2."""
+
+    def codes(counts: Tensor) -> tuple[Tensor, Tensor]:
+        group, number = expanded(torch.arange(len(counts)), counts)
+        return group, (group << 32) | (number << 1)
+
+    (_, first), (group, second) = codes(firsts), codes(seconds)
+    at = torch.cat([2 * torch.arange(len(first)), 2 * (firsts.cumsum(0)[group] - 1 + programs) + 1])
+    return torch.cat([first, second | 1])[at.argsort(stable=True)]
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -131,6 +131,8 @@ OPCODES = {
     r"project_f32_\d+": (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.\S*128", LOADS),
     r"(project_out_\w+|reduce\d+|expand)_f32(_t)?": (r"HMMA\.1688\.F32\.TF32", LOADS),
     r"(project_out_\w+|reduce\d+|expand)_f64(_t)?": (r"DFMA|DMMA", LOADS),
+    r"gram_apply\d+_f32": (r"HMMA\.1688\.F32\.TF32", LOADS),
+    r"gram_apply\d+_f64": (r"DFMA|DMMA", LOADS),
     r"gram_cosine": (r"DFMA|DMMA", LOADS),
 }
 CLUSTER_OPCODES = {r"project_cluster_[a-z0-9]+_\d+": (r"HMMA\.16816\.F32\.BF16", r"UTMALDG\.2D", r"SYNCS", r"UCGABAR")}

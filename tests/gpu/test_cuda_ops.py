@@ -445,6 +445,81 @@ def test_salora_with_long_sums(target: tuple[str, Device]) -> None:
     assert_accurate(y, truth.salora(x, base, a, b, u, 1.0), 1e-6)
 
 
+# gram_apply_layers.
+
+
+def applied(target: tuple[str, Device], triples: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    return list(call(target, "gram_apply_layers", *map(list, zip(*triples, strict=True))))
+
+
+def gram_truth(x: Tensor, z: Tensor, weights: Tensor) -> Tensor:
+    return truth.gram_apply(x, z, weights if weights.numel() else None)
+
+
+def test_gram_apply_shapes(target: tuple[str, Device]) -> None:
+    """All in two launches: several spans, chunks, panels and blocks of columns; every other one without weights."""
+    shapes = [(1, 1, 1), (7, 40, 8), (64, 64, 16), (65, 17, 1), (1100, 9, 5), (30, 530, 3), (130, 70, 33), (0, 5, 2)]
+    xs, zs = [torch.randn(t, d) for t, d, _ in shapes], [torch.randn(d, r) for _, d, r in shapes]
+    weights = [torch.rand(t) if i % 2 else torch.empty(0) for i, (t, _, _) in enumerate(shapes)]
+    for *triple, y in zip(xs, zs, weights, every_order(target, "gram_apply_layers", xs, zs, weights), strict=True):
+        assert_accurate(y, gram_truth(*triple), SALORA_BOUND)
+
+
+def test_gram_apply_dtypes(target: tuple[str, Device]) -> None:
+    triples = []
+    for i, dtype in enumerate(FLOATS):
+        for j, other in enumerate(FLOATS):
+            weights = torch.rand(80).to(FLOATS[(i + j) % 4]) if j else torch.empty(0)
+            triples.append((torch.randn(80, 24).to(dtype), torch.randn(24, 5).to(other), weights))
+    for triple, y in zip(triples, applied(target, triples), strict=True):
+        wide = torch.float64 in [t.dtype for t in triple]
+        assert y.dtype == (torch.float64 if wide else torch.float32)
+        assert_accurate(y, gram_truth(*triple), FP64_BOUND if wide else SALORA_BOUND)
+
+
+def test_gram_apply_layouts(target: tuple[str, Device]) -> None:
+    kinds = ["contiguous", "transposed", "strided", "offset"]
+    x, z, weights = torch.randn(70, 19), torch.randn(19, 9), torch.rand(140)[::2]
+    triples = [(truth.layouts(x)[i], truth.layouts(z)[j], weights) for i in kinds for j in kinds]
+    for y in applied(target, triples):
+        assert_accurate(y, gram_truth(x, z, weights), SALORA_BOUND)
+
+
+def test_gram_apply_result_does_not_depend_on_the_other_items(target: tuple[str, Device]) -> None:
+    triples = [
+        (torch.randn(600, 20), torch.randn(20, 4), torch.rand(600)),
+        (torch.randn(40, 30).half(), torch.randn(30, 20), torch.empty(0)),
+        (torch.randn(70, 130).bfloat16(), torch.randn(130, 16), torch.rand(70)),
+    ]
+    alone = [applied(target, [triple])[0] for triple in triples]
+    assert all(torch.equal(a, b) for a, b in zip(applied(target, triples), alone, strict=True))
+
+
+def test_gram_apply_of_more_items_than_one_launch_holds(target: tuple[str, Device]) -> None:
+    x, z = torch.randn(9, 12), torch.randn(12, 2)
+    results = applied(target, [(x, z, torch.empty(0))] * 130)
+    assert_accurate(results[0], gram_truth(x, z, torch.empty(0)), SALORA_BOUND)
+    assert all(torch.equal(results[0], y) for y in results)
+
+
+def test_gram_apply_special_values(target: tuple[str, Device]) -> None:
+    x, z = torch.randn(30, 6), torch.randn(6, 3)
+    z[2, 1] = NAN
+    (y,) = applied(target, [(x, z, torch.empty(0))])
+    assert bool((~y[:, 1].isfinite()).all())
+    assert bool(y[:, [0, 2]].isfinite().all())
+    (y,) = applied(target, [(torch.randn(0, 6), z, torch.empty(0))])
+    assert torch.equal(y, torch.zeros(6, 3))
+    assert call_without_tensors(target, "gram_apply_layers", [], [], []) == []
+
+
+def test_gram_apply_with_long_sums(target: tuple[str, Device]) -> None:
+    """Sums of one sign over many entries, where cutting off in tensor cores would pile up."""
+    x, z = torch.rand(2100, 520) + 0.5, torch.rand(520, 2)
+    (y,) = applied(target, [(x, z, torch.empty(0))])
+    assert_accurate(y, x.double().T @ (x.double() @ z.double()), 1e-6)
+
+
 # Under sanitizers.
 
 
@@ -457,6 +532,8 @@ def test_sanitized(driver: str) -> None:
     run_all("project_out_layers", [x.t(), x], [u, random_basis(width, 3)], "right", drivers=[driver])
     run_all("update_cosine", *([t] for t in cosine_factors(70, 30, 18)), drivers=[driver])
     run_all("select_layers", torch.rand(50, dtype=torch.float64), None, 20, "strict", drivers=[driver])
+    xs, zs = [torch.randn(530, 20).bfloat16(), x.t()], [torch.randn(20, 5), torch.randn(tokens, 18)]
+    run_all("gram_apply_layers", xs, zs, [torch.rand(530), torch.empty(0)], drivers=[driver])
     tensors = salora_inputs(70, 36, 44, 5, 3, torch.bfloat16, torch.float32)
     y, h, projected_B = run_all("salora_linear", *tensors, 0.5, drivers=[driver])[driver]
     x, _, a, b, u = tensors

@@ -153,7 +153,7 @@ def test_hundreds_of_factors_are_one_launch() -> None:
 def test_a_task_waits_only_for_earlier_ones(programs: int) -> None:
     chunks = torch.randint(1, 9, (40,))
     seen = [0] * len(chunks)
-    drawn = complement._tasks(chunks, programs).tolist()
+    drawn = tables.in_turns(chunks, chunks, programs).tolist()
     assert len(set(drawn)) == len(drawn) == 2 * int(chunks.sum())
     for task in drawn:
         group, chunk, kind = task >> 32, (task & 0xFFFFFFFF) >> 1, task & 1

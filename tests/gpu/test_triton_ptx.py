@@ -30,9 +30,9 @@ SCHEDULES: list[dict[str, Any]] = [
     {"order": "rev", "async_mode": "eager", "resident": RESIDENT},
     *({"order": "random", "seed": seed, "resident": RESIDENT} for seed in range(3)),
 ]
-# Two warps of this one hold the same rows of a tile (its layout has a warp bit that moves nothing), and both write them
-# to shared memory when the layout changes: equal values, which the detector takes for a race.
-REPLICATED = {"salora_output_gradient_odd_nvidia"}
+# Two warps of these hold the same rows of a tile (its layout has a warp bit that moves nothing), and both write them to
+# shared memory when the layout changes: equal values, which the detector takes for a race.
+REPLICATED = {"salora_output_gradient_odd_nvidia", "gram_apply_fp32_nvidia", "gram_apply_odd_nvidia"}
 CASES = [
     pytest.param(entry, target, number, id=f"{entry.name}-{target}-{number}")
     for entry in aot.MANIFEST

@@ -60,6 +60,7 @@ SAFELORA_API void select_by_threshold(const double* cosines, std::int64_t n, dou
 SAFELORA_API void select_lowest(const double* cosines, std::int64_t n, std::int64_t num_layers, SelectRule rule,
                                 bool* selected, const Stream& stream);
 SAFELORA_API void project_out(const std::vector<ProjectOutItem>& items, Side side, const Stream& stream);
+SAFELORA_API void gram_apply(const std::vector<GramItem>& items, const Stream& stream);
 SAFELORA_API void salora_forward(const SaloraForward& args, const Stream& stream);
 SAFELORA_API void salora_backward(const SaloraBackward& args, const Stream& stream);
 
