@@ -270,7 +270,7 @@ def _launch(items: Sequence[Item], key: Any, arch: str, programs: int) -> Launch
         "BC": COLUMNS,
         "LENGTH": LENGTH,
         "PRECISION": precision(arch),
-        "STAGES": 2 if not wide_x or x_type == torch.bfloat16 and ranks > 16 or arch.startswith("gfx") else 3,
+        "STAGES": 2 if not wide_x or (x_type == torch.bfloat16 and ranks > 16) or arch.startswith("gfx") else 3,
     }
     return Launch(gram_apply_kernel, (min(programs, n_tasks),), arguments, constexprs, OPTIONS)
 

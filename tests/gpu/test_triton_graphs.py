@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
-from safelora_kernels.triton import complement, cosine, project, salora, select, tables
+from safelora_kernels.triton import complement, cosine, gram, project, salora, select, tables
 from tests.ops.truth import random_basis, random_layer
 
 pytestmark = pytest.mark.interpreted
@@ -83,6 +83,11 @@ def pairs() -> tuple[list[Tensor], list[Tensor]]:
     return xs, [random_basis(len(x), 6) for x in xs]
 
 
+def gram_inputs() -> tuple[list[Tensor], ...]:
+    xs = [torch.randn(70, 24), torch.randn(40, 16).bfloat16()]
+    return xs, [torch.randn(x.shape[1], 4) for x in xs], [torch.rand(70), torch.zeros(0)]
+
+
 def salora_inputs() -> list[Any]:
     return [torch.randn(20, 24), torch.randn(20, 40), torch.randn(4, 24), torch.randn(40, 4), random_basis(40, 5), 0.7]
 
@@ -106,6 +111,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[], Sequence[Any]]]] = {
     "select_layers": (select.select_layers, lambda: (torch.rand(50, dtype=torch.float64), None, 20, "strict")),
     "project_out_layers": (complement.project_out_layers, pairs),
     "project_out_layers_": (complement.project_out_layers_, pairs),
+    "gram_apply_layers": (gram.gram_apply_layers, gram_inputs),
     "salora_linear": (salora.salora_linear, salora_inputs),
     "salora_linear_backward": (salora.salora_linear_backward, lambda: backward(salora_inputs())),
 }
