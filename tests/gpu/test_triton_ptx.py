@@ -32,7 +32,10 @@ SCHEDULES: list[dict[str, Any]] = [
 ]
 # Two warps of these hold the same rows of a tile (its layout has a warp bit that moves nothing), and both write them to
 # shared memory when the layout changes: equal values, which the detector takes for a race.
-REPLICATED = {"salora_output_gradient_odd_nvidia", "gram_apply_fp32_nvidia", "gram_apply_odd_nvidia"}
+REPLICATED = {
+    "salora_output_gradient_odd_nvidia",
+    *(f"gram_apply_{name}_nvidia" for name in ("fp32", "odd", "ranks_bf16", "ranks_fp32")),
+}
 CASES = [
     pytest.param(entry, target, number, id=f"{entry.name}-{target}-{number}")
     for entry in aot.MANIFEST
