@@ -230,6 +230,8 @@ def adapters_table(data: Data) -> str:
 
 def column_name(data: Data, adapter: str) -> str:
     """Short name of an adapter."""
+    if adapter.startswith("aligned-"):
+        return adapter.replace("-", " ")
     method, _, kind, seed, _, _, aligned = adapter.split("-")
     name = "the demo's" if method == "demo" else f"{kind} {seed}"
     return f"{name}, aligned {aligned}" + (" (development)" if adapter == data.development else "")
