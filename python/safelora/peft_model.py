@@ -253,7 +253,7 @@ def dequantised(module: Any) -> torch.Tensor:
     """The weight of a layer that :func:`quantisation` knows, in floating point."""
     from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 
-    if type(module.weight).__name__ == "Int8Params":
+    if type(getattr(module, "weight", None)).__name__ == "Int8Params":  # HQQ has no weight
         # dequantize_module_weight makes a new parameter on CPUs, without the scales that a forward pass has moved away.
         return dequantize_bnb_weight(module.weight, state=module.state).detach()
     return dequantize_module_weight(module).detach()

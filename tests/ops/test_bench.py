@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -259,9 +260,12 @@ def test_a_wrong_result_ends_in_status_one(monkeypatch: pytest.MonkeyPatch, caps
 def test_the_cases_run_under_pytest_benchmark(tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", "210 and 576"]
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, for which it would take the child
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
-        [*command, f"--benchmark-json={saved}"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+        [*command, "-p", "no:xdist", f"--benchmark-json={saved}"],
+        cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (entry,) = json.loads(saved.read_text())["benchmarks"]
     assert (

@@ -25,6 +25,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 CLIP = 0.05  # below the norm of the first gradients, so that it acts
 
 
+def adamw(tuned: Any) -> torch.optim.AdamW:
+    """With the usual eps the first steps are the gradients' signs, and the last bit of a small one decides them."""
+    return torch.optim.AdamW(trainable(tuned), lr=3e-2, weight_decay=0.1, eps=1e-3)
+
+
 def train(net: Any, optimizer: Any, batches: Any, clip: Any = None) -> list[float]:
     losses = []
     for batch in batches:
@@ -81,7 +86,7 @@ def two_ranks(root: Path) -> dict[str, Any]:
     for mode in ("packed", "residual", "plain"):
         tuned = initialized(base, found, mode)
         ddp: Any = DistributedDataParallel(tuned)
-        optimizer = torch.optim.AdamW(trainable(tuned), lr=1e-2, weight_decay=0.1)
+        optimizer = adamw(tuned)
         constraint = SubspaceConstraint(ddp, found, optimizer)
         losses = train(
             ddp, optimizer, [halves(b, rank) for b in STEPS],
@@ -93,7 +98,7 @@ def two_ranks(root: Path) -> dict[str, Any]:
         }  # fmt: skip
 
         tuned = shard(initialized(base, found, mode))
-        optimizer = torch.optim.AdamW(trainable(tuned), lr=1e-2, weight_decay=0.1)
+        optimizer = adamw(tuned)
         constraint = SubspaceConstraint(tuned, found, optimizer)
 
         def clip(constraint: Any = constraint, tuned: Any = tuned) -> None:
@@ -137,7 +142,7 @@ def alone() -> dict[str, Any]:
     results = {}
     for mode in ("packed", "residual", "plain"):
         tuned = initialized(base, found, mode)
-        optimizer = torch.optim.AdamW(trainable(tuned), lr=1e-2, weight_decay=0.1)
+        optimizer = adamw(tuned)
         SubspaceConstraint(tuned, found, optimizer)
         train(tuned, optimizer, STEPS, lambda tuned=tuned: torch.nn.utils.clip_grad_norm_(trainable(tuned), CLIP))
         results[mode] = {"factors": factors(tuned), "logits": logits(tuned)}
@@ -166,7 +171,7 @@ def test_two_ranks_train_as_one_process(runs, alone, kind, mode):
     assert first["leak"] <= 1e-5 and first["report"] <= 1e-6
     for name, tensor in alone[mode]["factors"].items():
         assert torch.equal(first["factors"][name], second["factors"][name])
-        assert float((first["factors"][name] - tensor).abs().max()) <= 1e-5
+        assert float((first["factors"][name] - tensor).abs().max()) <= 1e-7
 
 
 @pytest.mark.parametrize("mode", ["packed", "residual", "plain"])
