@@ -43,7 +43,7 @@ POISONED = [
 ]
 DEMO = AdapterRun(0, 1, method="demo")
 # In the order in which they are asked, so that a run cut short has some of each kind.
-FRESH = [POISONED[0], BENIGN[0], POISONED[1], BENIGN[1], DEMO]
+FRESH = [POISONED[0], BENIGN[0], POISONED[1], BENIGN[1], DEMO, POISONED[2]]
 # LoRA with the seed of each of these has been trained by then.
 CONSTRAINED = [BENIGN[0], BENIGN[1], DEVELOPMENT]
 SHORT = [AdapterRun(0, 0, "short")]
