@@ -15,6 +15,7 @@ from .test_backends import NATIVE, ROOT, USE, python
 
 NUMERICS = [
     "test_project.py",
+    "test_project_large.py",
     "test_project_out.py",
     "test_gram.py",
     "test_salora.py",
