@@ -3,8 +3,9 @@
 // Every fp32 value v is split into hi + lo, both bf16. Pass 1, Yᵀ = BᵀV: V is kept as one dword per element, its two
 // halves, and contracted over rows and halves with B, which carries the same bf16 in both halves, once its hi and once
 // its lo part. Pass 2, out = V·Y: the hi and lo parts of V are separate tiles of 32 columns, in pairs. All four
-// products are taken in both. Rows are read in order, which is what hardware prefetchers follow; V lives in L1 for one
-// cell.
+// products are taken in both. Rows are read in order, which is what
+// hardware prefetchers follow; V lives in L1 for one cell.
+#include <atomic>
 #include <cstring>
 
 #include "difference_rows.h"
@@ -36,6 +37,9 @@ class Tiles {
   }
   ~Tiles() { _tile_release(); }
 };
+
+// GCC is not told that its tile loads read memory: stores to what they load must come before.
+void order_stores() { std::atomic_signal_fence(std::memory_order_seq_cst); }
 
 __m512i bits_of(__m512 v) { return _mm512_castps_si512(v); }
 
@@ -88,10 +92,11 @@ void convert(const Cells& cell, int r, std::uint32_t* tiles, Pass& pass) {
   });
 }
 
-// hi rounded to nearest, lo = v − hi rounded; both in the upper half of a dword
+// hi rounded to nearest, lo = v − hi rounded; both in the upper half of a dword. One of them is NaN if v is: rounding
+// up would carry the NaN of all ones, which GPUs make, over into zero.
 void split(float v, std::uint32_t& high, std::uint32_t& low) {
   std::memcpy(&high, &v, 4);
-  high = (high + 0x7fff + ((high >> 16) & 1)) & 0xFFFF0000u;
+  high = (v == v ? high + 0x7fff + ((high >> 16) & 1) : high) & 0xFFFF0000u;
   float rest;
   std::memcpy(&rest, &high, 4);
   rest = v - rest;
@@ -151,6 +156,7 @@ double pass1(const RowLayer& layer, std::int64_t first, std::int64_t last, std::
     if (c < total) cell.begin();
     for (std::int64_t p = 0; c > 0 && column == 0 && p < layer.panels; ++p)
       pack_b(layer.b + (p * layer.row_blocks + block) * kTile, b_tiles + p * 2 * kTile);
+    order_stores();
     for (std::int64_t p = 0; p < (c > 0 ? layer.panels : 1); ++p) {
       float* y_cell = y + (p * cells + column) * kCellTiles * kTile;
       const std::uint32_t* b = b_tiles + p * 2 * kTile;
@@ -203,6 +209,7 @@ void pass2(const RowLayer& layer, std::int64_t first, std::int64_t last, const s
     std::uint32_t *fresh = v[c % 2], *ready = v[(c + 1) % 2];
     Pass2 pass;
     if (c < total) cell.begin();
+    order_stores();
     for (std::int64_t p = 0; p < (c > 0 ? layer.panels : 1); ++p) {
       const std::uint32_t* y = y_tiles + (p * cells + column) * kCellTiles * kTile;
       float* out_block = out + (p * layer.row_blocks + block) * kTile;
