@@ -3,7 +3,7 @@
 // Every fp32 value v is split into hi + lo, both bf16. Pass 1, Yᵀ = BᵀV: V is kept as one dword per element, its two
 // halves, and contracted over rows and halves with B, which carries the same bf16 in both halves, once its hi and once
 // its lo part. Pass 2, out = V·Y: the hi and lo parts of V are separate tiles of 32 columns, in pairs. All four
-// products are taken in both. Rows are read in order, which is what
+// products are taken in both, but for those of a low tile of V that is zero. Rows are read in order, which is what
 // hardware prefetchers follow; V lives in L1 for one cell.
 #include <atomic>
 #include <cstring>
@@ -127,13 +127,21 @@ void multiply1(const std::uint32_t* v, float* y, bool accumulate) {
   _tile_stored(0, y, 64);
 }
 
-// out += V·Y for one group of 32 columns; tile 0 holds out.
-void multiply2(const std::uint32_t* v, const std::uint32_t* y) {
+bool any_bits(const std::uint32_t* tile) {
+  __m512i bits = _mm512_setzero_si512();
+  for (int i = 0; i < kTile; i += 16) bits = _mm512_or_si512(bits, _mm512_load_si512(tile + i));
+  return _mm512_test_epi32_mask(bits, bits) != 0;
+}
+
+// out += V·Y for one group of 32 columns; tile 0 holds out. Close bf16 weights differ by one bf16 number: where that
+// holds for a whole tile, its low part adds nothing.
+void multiply2(const std::uint32_t* v, const std::uint32_t* y, bool low) {
   _tile_loadd(1, v, 64);
   _tile_loadd(2, y, 64);
   _tile_dpbf16ps(0, 1, 2);
   _tile_loadd(3, y + kTile, 64);
   _tile_dpbf16ps(0, 1, 3);
+  if (!low) return;
   _tile_loadd(4, v + kTile, 64);
   _tile_dpbf16ps(0, 4, 2);
   _tile_dpbf16ps(0, 4, 3);
@@ -210,6 +218,8 @@ void pass2(const RowLayer& layer, std::int64_t first, std::int64_t last, const s
     Pass2 pass;
     if (c < total) cell.begin();
     order_stores();
+    bool low[kGroups] = {};
+    for (int g = 0; c > 0 && g < kGroups; ++g) low[g] = any_bits(ready + (2 * g + 1) * kTile);
     for (std::int64_t p = 0; p < (c > 0 ? layer.panels : 1); ++p) {
       const std::uint32_t* y = y_tiles + (p * cells + column) * kCellTiles * kTile;
       float* out_block = out + (p * layer.row_blocks + block) * kTile;
@@ -220,7 +230,7 @@ void pass2(const RowLayer& layer, std::int64_t first, std::int64_t last, const s
           _tile_loadd(0, out_block, 64);
       }
       for (int g = 0; g < kGroups; ++g) {
-        if (c > 0) multiply2(ready + g * 2 * kTile, y + g * 2 * kTile);
+        if (c > 0) multiply2(ready + g * 2 * kTile, y + g * 2 * kTile, low[g]);
         if (p > 0 || c == total) continue;
         for (int r = 4 * g; r < 4 * g + 4; ++r) convert(cell, r, fresh, pass);
       }
