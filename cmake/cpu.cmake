@@ -6,7 +6,7 @@ set(SAFELORA_AVX512_FLAGS -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU") # false alarms inside its own AVX-512 headers
   list(APPEND SAFELORA_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
-set(SAFELORA_AMX_FLAGS ${SAFELORA_AVX512_FLAGS} -mavx512bf16 -mavx512vbmi -mamx-tile -mamx-bf16)
+set(SAFELORA_AMX_FLAGS ${SAFELORA_AVX512_FLAGS} -mamx-tile -mamx-bf16)
 
 add_library(
   safelora_kernels

@@ -16,19 +16,18 @@ namespace {
 constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx};
 
 #ifdef SAFELORA_X86
-bool amx_permitted() {
-#ifdef __linux__
+// AMX-TILE and AMX-BF16, and the system's leave to use them.
+bool amx_usable() {
+#if defined(SAFELORA_AMX_EMULATED)  // tests/amx
+  return true;
+#elif defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  return (edx >> 22 & 1) && (edx >> 24 & 1) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
-}
-
-bool cpuid_has_amx_bf16() {
-  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
-  __asm__("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
-  return (edx >> 22 & 1) && (edx >> 24 & 1);  // AMX-BF16, AMX-TILE
 }
 #endif
 
@@ -71,8 +70,8 @@ bool isa_supported(Isa isa) {
     case Isa::avx2: return avx2;
     case Isa::avx512: return avx512;
     case Isa::amx: {
-      static const bool permitted = avx512 && cpuid_has_amx_bf16() && amx_permitted();
-      return permitted;
+      static const bool usable = avx512 && amx_usable();
+      return usable;
     }
     case Isa::scalar: break;
   }

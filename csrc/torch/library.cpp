@@ -2,6 +2,10 @@
 // safelora_kernels/schemas.py.
 #include "operators.h"
 
+#ifndef SAFELORA_NAMESPACE  // the tests load a second build
+#define SAFELORA_NAMESPACE safelora
+#endif
+
 namespace safelora {
 
 // Too little work for threads.
@@ -36,10 +40,12 @@ struct Cpu final : binding::Views {
 }  // namespace
 }  // namespace safelora
 
-STABLE_TORCH_LIBRARY_IMPL(safelora, CPU, m) { safelora::binding::implement<safelora::Cpu>(m); }
+STABLE_TORCH_LIBRARY_IMPL(SAFELORA_NAMESPACE, CPU, m) { safelora::binding::implement<safelora::Cpu>(m); }
 
 static std::int64_t cpu_path() { return static_cast<std::int64_t>(safelora::active_isa()); }
 
 // For the doctor: the library exports no symbol, so that a question to it is an operator too.
-STABLE_TORCH_LIBRARY_FRAGMENT(safelora, m) { m.def("_cpu_path() -> int"); }
-STABLE_TORCH_LIBRARY_IMPL(safelora, CompositeExplicitAutograd, m) { m.impl("_cpu_path", TORCH_BOX(&cpu_path)); }
+STABLE_TORCH_LIBRARY_FRAGMENT(SAFELORA_NAMESPACE, m) { m.def("_cpu_path() -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(SAFELORA_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_path", TORCH_BOX(&cpu_path));
+}
