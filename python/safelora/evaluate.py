@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import locate
 from .errors import SafeLoraError
-from .loading import ADAPTER_FILES, adapted, load_model
-from .output import StagedDirectory
+from .loading import BARE, AdaptedModel
+from .output import StagedDirectory, check_place
 from .responses import write_formats, write_jsonl
 from .suite import HEADINGS, Outcome, Suite
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     import rich.table
 
 RESULTS = "results.json"
-BARE = "no adapter"
 Progress = Callable[[int, int], None]
 
 
@@ -112,29 +110,19 @@ def evaluate_adapters(
         suite = Suite.load(**questions)
     elif questions:
         raise SafeLoraError(f"give a suite or its options, not both ({', '.join(questions)}).")
-    source = str(model) if isinstance(model, (str, os.PathLike)) else f"a {type(model).__name__} in memory"
-    if isinstance(model, (str, os.PathLike)):
-        model, found = load_model(model, local_files_only=local_files_only)
-        tokenizer = tokenizer or found
-    if tokenizer is None:
-        raise SafeLoraError("give the tokenizer of a model in memory.")
-    live = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-    names = list(model.peft_config) if live and not adapters else [os.fspath(adapter) for adapter in adapters]
-    labels = [BARE] * bare + (names if live else label_paths(names))
+    opened = AdaptedModel.open(model, adapters, tokenizer, local_files_only)
+    labels = [BARE] * bare + opened.labels
     if not labels:
         raise SafeLoraError("nothing to evaluate: no adapter, and the bare model is not wanted.")
-    if len(set(names)) < len(names):
-        raise SafeLoraError(f"an adapter is named twice: {', '.join(names)}.")
-    if not live:
-        for name in names:
-            locate(name, None, local_files_only, ADAPTER_FILES)
     told = counter(progress, suite.size * len(labels))
-    with closing(subjects(model, names, bare, live, local_files_only)) as states:
-        outcomes = [suite.run(subject, tokenizer, label, told) for label, subject in zip(labels, states, strict=True)]
+    with closing(opened.states(bare)) as states:
+        outcomes = [
+            suite.run(state, opened.tokenizer, label, told) for label, state in zip(labels, states, strict=True)
+        ]
     return Evaluation(
         outcomes,
         suite.describe(),
-        {"model": source, "adapters": dict(zip(labels[bare:], names, strict=True))},
+        {"model": opened.source, "adapters": dict(zip(opened.labels, opened.names, strict=True))},
         versions(),
         [*suite.notes, *remarks(outcomes, suite)],
     )
@@ -170,12 +158,6 @@ def remarks(outcomes: Sequence[Outcome], suite: Suite) -> list[str]:
     return found
 
 
-def label_paths(paths: Sequence[str]) -> list[str]:
-    """The last names of the paths, or the paths themselves where these coincide."""
-    names = [os.path.basename(os.path.normpath(path)) for path in paths]
-    return [path if names.count(name) > 1 or name == BARE else name for path, name in zip(paths, names, strict=True)]
-
-
 def slug(label: str) -> str:
     """The label as part of a file name."""
     return re.sub(r"[^\w.-]+", "_", label).strip("._") or "adapter"
@@ -208,18 +190,7 @@ def versions() -> dict[str, str]:
 def check_out(out: str | os.PathLike[str], overwrite: bool) -> Path:
     """Refuse an output directory before any work. Raises SafeLoraError."""
     path = Path(os.path.abspath(os.path.expanduser(out)))
-    if path.exists() and not path.is_dir():
-        raise SafeLoraError(f"the output {path} exists and is not a directory.")
-    names = os.listdir(path) if path.exists() else []
-    if names and not overwrite:
-        raise SafeLoraError(f"the output directory {path} is not empty; choose another, or allow overwriting.")
-    if names and (RESULTS not in names or any((path / name).is_dir() for name in names)):
-        raise SafeLoraError(f"{path} is not an earlier output of this tool, so it is not overwritten.")
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise SafeLoraError(f"cannot write the output {path}: {parent} is not a writable directory.")
+    check_place(path, 0, overwrite, RESULTS)
     return path
 
 
@@ -229,32 +200,3 @@ def staged(out: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     with StagedDirectory(check_out(out, overwrite)) as directory, directory.writing():
         yield directory.path
         directory.publish()
-
-
-def subjects(
-    model: Any, names: Sequence[str], bare: bool, live: bool, local_files_only: bool
-) -> Generator[Any, None, None]:
-    """The model in each of its states, one after another; it is as it was at the end."""
-    if not live:
-        if bare:
-            yield model
-        for name in names:
-            with adapted(model, name, local_files_only=local_files_only) as tuned:
-                yield tuned
-        return
-    unknown = [name for name in names if name not in model.peft_config]
-    if unknown:
-        raise SafeLoraError(f"the model has no adapter {unknown[0]!r}; it has {', '.join(model.peft_config)}.")
-    if bare:
-        with model.disable_adapter():
-            yield model
-    active = list(model.active_adapters)
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for name in names:
-            model.set_adapter(name)
-            yield model
-    finally:
-        model.base_model.set_adapter(active)
-        for parameter, wanted in trainable:
-            parameter.requires_grad_(wanted)

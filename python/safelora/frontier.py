@@ -12,22 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import locate
 from .data import Example, load_examples
 from .errors import SafeLoraError
-from .evaluate import (
-    BARE,
-    RESULTS,
-    Progress,
-    counter,
-    label_paths,
-    outcome_table,
-    remarks,
-    staged,
-    subjects,
-    versions,
-)
-from .loading import ADAPTER_FILES, load_model
+from .evaluate import RESULTS, Progress, counter, outcome_table, remarks, staged, versions
+from .loading import BARE, AdaptedModel
 from .rates import Mean, Rate
 from .responses import write_jsonl
 from .rules import Rule, Subject, make_rule, selects
@@ -72,12 +60,12 @@ class Point:
     @property
     def safety(self) -> Rate | Mean:
         """The share of forbidden prompts that are answered."""
-        return _present(self.outcome.metric(SAFETY))
+        return self.outcome.metric(SAFETY)
 
     @property
     def utility(self) -> Rate | Mean:
         """The share of task answers that are right."""
-        return _present(self.outcome.metric(UTILITY))
+        return self.outcome.metric(UTILITY)
 
     @property
     def at(self) -> str:
@@ -309,33 +297,20 @@ def trace_frontier(
     offers = _offers(base, calibrate_safety, calibrate_task)
     chosen, left_out = _choose(rules, offers, values or {})
     calibration = _calibration(suite, calibrate_safety, calibrate_task)
-    source = str(model) if isinstance(model, (str, os.PathLike)) else f"a {type(model).__name__} in memory"
-    if isinstance(model, (str, os.PathLike)):
-        model, found = load_model(model, local_files_only=local_files_only)
-        tokenizer = tokenizer or found
-    if tokenizer is None:
-        raise SafeLoraError("give the tokenizer of a model in memory.")
-    live = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-    names = list(model.peft_config) if live and not adapters else [os.fspath(adapter) for adapter in adapters]
-    if not names:
+    opened = AdaptedModel.open(model, adapters, tokenizer, local_files_only)
+    if not opened.names:
         raise SafeLoraError("no adapter to change: name at least one.")
-    if len(set(names)) < len(names):
-        raise SafeLoraError(f"an adapter is named twice: {', '.join(names)}.")
-    labels = names if live else label_paths(names)
-    if not live:
-        for name in names:
-            locate(name, None, local_files_only, ADAPTER_FILES)
     points: list[Point] = []
     told = None
-    with closing(subjects(model, names, True, live, local_files_only)) as states:
-        reference = Point(BARE, BARE_RULE, BARE, False, "", 1.0, suite.run(next(states), tokenizer, BARE))
-        for label, state in zip(labels, states, strict=True):
-            subject = Subject(state, tokenizer, base, *calibration, seed)
+    with closing(opened.states(True)) as states:
+        reference = Point(BARE, BARE_RULE, BARE, False, "", 1.0, suite.run(next(states), opened.tokenizer, BARE))
+        for label, state in zip(opened.labels, states, strict=True):
+            subject = Subject(state, opened.tokenizer, base, *calibration, seed)
             plan = list(_plan(subject, chosen, num_layers, thresholds, values or {}, draws))
-            told = told or counter(progress, suite.size * len(plan) * len(labels))
+            told = told or counter(progress, suite.size * len(plan) * len(opened.labels))
             for rule, value, draw in plan:
                 with subject.changed(rule.change(subject, value, draw or 0)):
-                    outcome = suite.run(state, tokenizer, rule.label, told)
+                    outcome = suite.run(state, opened.tokenizer, rule.label, told)
                 about = {"modules": round(value)} if rule.parameter == MODULES else {}
                 points.append(
                     Point(
@@ -345,9 +320,9 @@ def trace_frontier(
                 )  # fmt: skip
     calibrated = [None if data is None else len(data) for data in calibration]
     inputs = {
-        "model": source,
+        "model": opened.source,
         "base": None if base is None else str(base) if isinstance(base, (str, os.PathLike)) else type(base).__name__,
-        "adapters": dict(zip(labels, names, strict=True)),
+        "adapters": dict(zip(opened.labels, opened.names, strict=True)),
         "calibration": {"safety": calibrated[0], "task": calibrated[1]},
         "seed": seed,
     }
@@ -459,11 +434,6 @@ def _pool(points: Sequence[Point]) -> Point:
         return first
     outcome = pool([point.outcome for point in points])
     return replace(first, outcome=outcome, draw=None, draws=len(points))
-
-
-def _present(metric: Rate | Mean | None) -> Rate | Mean:
-    assert metric is not None, "a frontier has prompts for safety and utility"
-    return metric
 
 
 def _order(point: Point) -> tuple[float, float]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,87 @@ from .errors import SafeLoraError
 
 ADAPTER = "evaluated"
 ADAPTER_FILES = [CONFIG_FILE, "adapter_model.*"]
+BARE = "no adapter"
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A model and the adapters that it is looked at with, one after another.
+
+    source, names: what a report calls the model and the adapters. labels: the adapters for people.
+    live: the model is a PeftModel and the adapters are its own; else they are loaded on it by name.
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+    names: list[str]
+    labels: list[str]
+    live: bool
+    local_files_only: bool
+
+    @classmethod
+    def open(
+        cls, model: Any, adapters: Iterable[str | os.PathLike[str]], tokenizer: Any, local_files_only: bool
+    ) -> AdaptedModel:
+        """Load what is given by name and check that every adapter is there.
+
+        Args:
+            model: a causal language model in memory (plain, or a PeftModel), a directory or a repository id.
+            adapters: adapter directories or repository ids; names of adapters for a PeftModel, by default all of it.
+            tokenizer: the model's; by default that of the model's directory.
+            local_files_only: for repository ids.
+
+        Raises SafeLoraError for a model or adapter that cannot be found, an adapter named twice, a missing tokenizer.
+        """
+        source = f"a {type(model).__name__} in memory"
+        if isinstance(model, (str, os.PathLike)):
+            source = str(model)
+            model, found = load_model(model, local_files_only=local_files_only)
+            tokenizer = tokenizer or found
+        if tokenizer is None:
+            raise SafeLoraError("give the tokenizer of a model in memory.")
+        live = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        names = [os.fspath(adapter) for adapter in adapters] or (list(model.peft_config) if live else [])
+        if len(set(names)) < len(names):
+            raise SafeLoraError(f"an adapter is named twice: {', '.join(names)}.")
+        for name in names:
+            if not live:
+                locate(name, None, local_files_only, ADAPTER_FILES)
+            elif name not in model.peft_config:
+                raise SafeLoraError(f"the model has no adapter {name!r}; it has {', '.join(model.peft_config)}.")
+        labels = names if live else _labels(names)
+        return cls(model, tokenizer, source, names, labels, live, local_files_only)
+
+    def states(self, bare: bool) -> Generator[Any, None, None]:
+        """The model without an adapter where `bare`, then with each; it is as it was at the end."""
+        model = self.model
+        if not self.live:
+            if bare:
+                yield model
+            for name in self.names:
+                with adapted(model, name, local_files_only=self.local_files_only) as tuned:
+                    yield tuned
+            return
+        if bare:
+            with model.disable_adapter():
+                yield model
+        active = list(model.active_adapters)
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            for name in self.names:
+                model.set_adapter(name)
+                yield model
+        finally:
+            model.base_model.set_adapter(active)
+            for parameter, wanted in trainable:
+                parameter.requires_grad_(wanted)
+
+
+def _labels(paths: Sequence[str]) -> list[str]:
+    """The last components of the paths, or the paths themselves where these coincide."""
+    names = [os.path.basename(os.path.normpath(path)) for path in paths]
+    return [path if names.count(name) > 1 or name == BARE else name for path, name in zip(paths, names, strict=True)]
 
 
 def load_model(
@@ -27,38 +109,65 @@ def load_model(
     revision: str | None = None,
     quiet: bool = False,
 ) -> tuple[Any, Any]:
-    """A causal language model in evaluation mode, and its tokenizer.
+    """A causal language model in evaluation mode (:func:`load_bare_model`), and its tokenizer.
 
-    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". device: by default cuda where there is one; "auto"
-    spreads the model over what there is (accelerate).
     chat_template: a Jinja file to use instead of the tokenizer's own. quiet: keep transformers from printing.
 
-    Raises SafeLoraError when it cannot be loaded.
+    Raises SafeLoraError when one of them cannot be loaded.
     """
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    options: dict[str, Any] = {"local_files_only": local_files_only, "revision": revision}
     if quiet:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        spread = {"device_map": "auto"} if device == "auto" else {}
-        wanted = {"dtype" if _renamed(transformers.__version__) else "torch_dtype": dtype}
-        model = AutoModelForCausalLM.from_pretrained(source, **wanted, **options, **spread)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise SafeLoraError(f"{os.fspath(source)} cannot be loaded as a causal language model: {error}") from error
+        raise _unloadable(source, error) from error
     if chat_template is not None:
         path = Path(chat_template)
         if not path.is_file():
             raise SafeLoraError(f"the chat template {path} is not a file.")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+    model = load_bare_model(source, dtype=dtype, device=device, local_files_only=local_files_only, revision=revision)
+    return model, tokenizer
+
+
+def load_bare_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+) -> Any:
+    """A causal language model in evaluation mode.
+
+    dtype: "auto" (as stored), "float32", "bfloat16" or "float16". device: by default cuda where there is one; "auto"
+    spreads the model over what there is (accelerate).
+
+    Raises SafeLoraError when it cannot be loaded.
+    """
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    spread = {"device_map": "auto"} if device == "auto" else {}
+    wanted = {"dtype" if _renamed(transformers.__version__) else "torch_dtype": dtype}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, local_files_only=local_files_only, revision=revision, **wanted, **spread
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unloadable(source, error) from error
     if not spread:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def _unloadable(source: str | os.PathLike[str], error: Exception) -> SafeLoraError:
+    return SafeLoraError(f"{os.fspath(source)} cannot be loaded as a causal language model: {error}")
 
 
 def _renamed(version: str) -> bool:

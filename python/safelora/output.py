@@ -33,18 +33,35 @@ _COPY_BYTES = 1 << 20
 _SPARE_BYTES = 4 << 20
 
 
+def output_place(out: str | os.PathLike[str] | None, dry_run: bool) -> Path | None:
+    """The absolute path of an output directory, None in a dry run. Raises SafeLoraError where none was given."""
+    if dry_run:
+        return None
+    if out is None:
+        raise SafeLoraError("give an output directory (out), or ask for a dry run.")
+    return Path(out).expanduser().resolve()
+
+
 def check_target(
     out: Path, adapter: Path, checkpoints: list[Path], needed: int, overwrite: bool, report: str = REPORT_FILE
 ) -> None:
-    """Refuse an output location before any work: taken, unwritable, too small, or touching an input.
-
-    An earlier output, which may be overwritten, is known by its `report`.
+    """Refuse an output location before any work: touching an input, or as :func:`check_place` does.
 
     Raises SafeLoraError.
     """
     for source in (adapter, *checkpoints):
         if out == source or out in source.parents or (source == adapter and adapter in out.parents):
             raise SafeLoraError(f"the output {out} would touch the input {source}; inputs are never changed.")
+    check_place(out, needed, overwrite, report)
+
+
+def check_place(out: Path, needed: int, overwrite: bool, report: str) -> None:
+    """Refuse an output location before any work: taken, unwritable, or with less room than `needed` bytes.
+
+    An earlier output, which may be overwritten, is known by its `report`.
+
+    Raises SafeLoraError.
+    """
     if out.exists():
         if not out.is_dir():
             raise SafeLoraError(f"the output {out} exists and is not a directory.")

@@ -52,9 +52,12 @@ class Outcome:
     outcomes: dict[str, list[float]] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def metric(self, names: Sequence[str]) -> Rate | Mean | None:
-        """The first of these metrics that was measured."""
-        return next((self.metrics[name] for name in names if name in self.metrics), None)
+    def metric(self, names: Sequence[str]) -> Rate | Mean:
+        """The first of these metrics that was measured. Raises SafeLoraError where none was."""
+        found = next((self.metrics[name] for name in names if name in self.metrics), None)
+        if found is None:
+            raise SafeLoraError(f"{self.label}: none of {', '.join(names)} was measured.")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Metrics and outcomes as plain JSON types; the rows are written apart."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import command, print_table, progress_bar
+from .common import add_local, add_quiet, add_running, chosen, command, print_json, print_table, progress_bar
 
 _CALIBRATE = """\
 Find the subspaces that SaLoRA protects while an adapter is trained: for each module the leading directions of its
@@ -13,6 +13,9 @@ outputs at the response tokens of harmful prompts with safe answers (--safety), 
 the adapter's initialisation. One forward pass over each data set. DATA: .jsonl, .json or .csv of prompts with
 responses, or of chats.
 """
+_OPTIONS = (
+    "safety_rank", "task_rank", "oversample", "seed", "exact", "passes", "rcond", "batch_size", "max_length", "limit",
+)  # fmt: skip
 
 
 def add(commands: Any) -> None:
@@ -39,14 +42,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N examples of each data set")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N")
-    parser.add_argument("--max-length", type=int, default=1024, metavar="N", help="tokens per example (default 1024)")
-    parser.add_argument("--dtype", default="auto", help="auto (as stored, default), float32, bfloat16 or float16")
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="where to run: cpu, cuda, … (default: a GPU if there is one)"
-    )
+    add_running(parser)
     parser.add_argument("--revision", metavar="REV", help="revision of the model")
-    parser.add_argument("--local-files-only", action="store_true", help="use the local Hugging Face cache, no network")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_local(parser)
+    add_quiet(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -61,53 +60,30 @@ def _run(arguments: argparse.Namespace) -> int:
         place = getattr(arguments, option)
         if place is not None and not Path(place).is_file():
             raise SafeLoraError(f"--{option} {place}: there is no such file.")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
+    from ..loading import load_model
     from ..salora import calibrate
 
-    logging.disable_progress_bar()
-    dtypes = {"auto": "auto", **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}}
-    if arguments.dtype not in dtypes:
-        raise SafeLoraError(f"--dtype {arguments.dtype} is not one of {', '.join(dtypes)}.")
-    where = {"revision": arguments.revision, "local_files_only": arguments.local_files_only}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, **where)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtypes[arguments.dtype], **where)
-    except (OSError, ValueError) as error:
-        raise SafeLoraError(f"the model {arguments.model} could not be loaded: {error}") from error
-    model.to(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loading = chosen(arguments, "dtype", "device", "revision", "local_files_only")
+    model, tokenizer = load_model(arguments.model, **loading, quiet=True)
     with progress_bar(arguments.quiet, "running the model on", in_bytes=False) as progress:
         subspaces = calibrate(
             model,
             _targets(arguments),
             arguments.safety,
             arguments.task,
-            safety_rank=arguments.safety_rank,
-            task_rank=arguments.task_rank,
-            oversample=arguments.oversample,
-            seed=arguments.seed,
-            exact=arguments.exact,
-            passes=arguments.passes,
-            rcond=arguments.rcond,
             tokenizer=tokenizer,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            limit=arguments.limit,
             progress=progress,
+            **chosen(arguments, *_OPTIONS),
         )
     place = subspaces.save(out)
     if arguments.json:
-        import json
-
         content = {
             "output": str(place),
             "modules": subspaces.details,
             "skipped": subspaces.skipped,
             "provenance": subspaces.provenance,
         }
-        print(json.dumps(content, indent=1))
+        print_json(content)
     elif not arguments.quiet:
         print_table(subspaces.table())
         print(f"Written to {place}.")

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from ..evaluate import Evaluation
+    from ..frontier import Frontier
     from ..report import Report
 
 EPILOG = """\
@@ -30,6 +32,8 @@ examples:
 exit status: 0 done, 2 unusable input or options, 1 unexpected failure, 130 interrupted.
 Set SAFELORA_DEBUG=1 for a traceback. Method: Safe LoRA, arXiv 2405.16833.
 """
+
+SOURCES = ("local_files_only", "revision", "revision_base", "revision_aligned")
 
 
 def command(
@@ -68,19 +72,17 @@ def add_rule(parser: argparse.ArgumentParser, what: str) -> None:
         help="frobenius (default): C = V V^T/|V|, as published; none: V V^T",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help=f"measure, decide and print; write no {what}")
-    parser.add_argument(
-        "--report", action="append", default=[], metavar="FILE", help="also write FILE.html, .json or .png (repeatable)"
-    )
+    add_reports(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output at --out")
     parser.add_argument("--allow-projected", action="store_true", help="accept an input that was projected before")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_quiet(parser)
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "where models come from (MODEL: a directory, a safetensors file or a repository id)"
     )
-    group.add_argument("--local-files-only", action="store_true", help="use the local Hugging Face cache, no network")
+    add_local(group)
     group.add_argument("--revision", metavar="REV", help="revision of the adapter")
     group.add_argument("--revision-base", metavar="REV", help="revision of --base")
     group.add_argument("--revision-aligned", metavar="REV", help="revision of --aligned")
@@ -88,19 +90,37 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 
 def rule_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options that `project` and `project-model` share."""
-    return {
-        "threshold": arguments.threshold,
-        "num_layers": arguments.num_layers,
-        "rule": arguments.rule,
-        "normalize": arguments.normalize,
-        "dry_run": arguments.dry_run,
-        "overwrite": arguments.overwrite,
-        "allow_projected": arguments.allow_projected,
-        "local_files_only": arguments.local_files_only,
-        "revision": arguments.revision,
-        "revision_base": arguments.revision_base,
-        "revision_aligned": arguments.revision_aligned,
-    }
+    names = ("out", "threshold", "num_layers", "rule", "normalize", "dry_run", "overwrite", "allow_projected")
+    return chosen(arguments, *names, *SOURCES)
+
+
+def chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options of these names, as keyword arguments of the function behind the command."""
+    return {name: getattr(arguments, name) for name in names}
+
+
+def add_running(parser: Any) -> None:
+    """What every command that runs a model takes."""
+    parser.add_argument("--max-length", type=int, default=1024, metavar="N", help="tokens an example (default: 1024)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="to load the model in (default: as it is stored)",
+    )  # fmt: skip
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, auto, … (default: cuda where there is one)")
+
+
+def add_local(parser: Any) -> None:
+    parser.add_argument("--local-files-only", action="store_true", help="use the local Hugging Face cache, no network")
+
+
+def add_quiet(parser: Any) -> None:
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def add_reports(parser: Any) -> None:
+    parser.add_argument(
+        "--report", action="append", default=[], metavar="FILE", help="also write FILE.html, .json or .png (repeatable)"
+    )
 
 
 def check_reports(paths: Sequence[str]) -> None:
@@ -135,6 +155,28 @@ def show(report: Report) -> None:
     print(report.summary())
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+
+def write_measured(arguments: argparse.Namespace, result: Evaluation | Frontier, sentences: Sequence[str] = ()) -> int:
+    """Save and print what was measured of a model; the last step of a command."""
+    result.inputs["model"] = arguments.model
+    if arguments.out is not None:
+        result.save(arguments.out, overwrite=arguments.overwrite)
+    if arguments.json:
+        sys.stdout.write(result.to_json())
+    elif not arguments.quiet:
+        print_table(result.table())
+        for sentence in sentences:
+            print(sentence)
+        if arguments.out is not None:
+            print(f"Written to {arguments.out}.")
+    return 0
+
+
+def print_json(content: Any) -> None:
+    import json
+
+    print(json.dumps(content, indent=1))
 
 
 def print_table(table: Any) -> None:

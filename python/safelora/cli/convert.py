@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import command
+from .common import command, print_json
 
 _CONVERT = """\
 Write an adapter of MLX-LM (adapters.safetensors) or torchtune (adapter_*.pt) as a PEFT adapter, which can be projected.
@@ -23,9 +23,7 @@ def _run_convert(arguments: argparse.Namespace) -> int:
 
     kind = convert_adapter(arguments.adapter, arguments.out, model=arguments.model)
     if arguments.json:
-        import json
-
-        print(json.dumps({"format": kind, "output": arguments.out}))
+        print_json({"format": kind, "output": arguments.out})
     else:
         print(f"Converted a {kind} adapter. Written to {arguments.out}.")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import command, print_table, progress_bar
+from .common import add_local, add_quiet, add_running, chosen, command, progress_bar, write_measured
 
 _EVALUATE = """\
 Ask MODEL the same questions without an adapter and with each ADAPTER, greedily, and count what it answers: forbidden
@@ -55,36 +55,28 @@ def add_questions(parser: argparse.ArgumentParser, metrics: str) -> None:
     running = parser.add_argument_group("running")
     running.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of each answer (default: 64)")
     running.add_argument("--batch-size", type=int, default=16, metavar="N", help="prompts at once (default: 16)")
-    running.add_argument("--max-length", type=int, default=1024, metavar="N", help="tokens a prompt (default: 1024)")
     running.add_argument("--chat-template", metavar="FILE", help="Jinja template to use instead of the tokenizer's own")
-    running.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the model's weights"
-    )
-    running.add_argument("--device", metavar="DEVICE", help="cpu, cuda, auto, … (default: cuda where there is one)")
-    running.add_argument("--local-files-only", action="store_true", help="use the Hugging Face cache, no network")
+    add_running(running)
+    add_local(running)
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="DIR", help="directory to create, with the figures and all answers")
     output.add_argument("--overwrite", action="store_true", help="replace an earlier output at --out")
-    output.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_quiet(output)
 
 
 def prepare(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     """The suite, and the model and tokenizer; everything that can be refused without the model is, before."""
     from ..evaluate import check_out
+    from ..loading import load_model
     from ..suite import Suite
 
     if arguments.out is not None:
         check_out(arguments.out, arguments.overwrite)
     options = ("safety", "benign", "utility", "general", "limit", "judge", "refusal_judge", "scorer", "metrics",
                "refusal", "max_new_tokens", "batch_size", "max_length")  # fmt: skip
-    suite = Suite.load(**{name: getattr(arguments, name) for name in options})
-    from ..loading import load_model
-
-    model, tokenizer = load_model(
-        arguments.model, dtype=arguments.dtype, device=arguments.device, chat_template=arguments.chat_template,
-        local_files_only=arguments.local_files_only, quiet=True,
-    )  # fmt: skip
-    return suite, model, tokenizer
+    suite = Suite.load(**chosen(arguments, *options))
+    loading = chosen(arguments, "dtype", "device", "chat_template", "local_files_only")
+    return suite, *load_model(arguments.model, **loading, quiet=True)
 
 
 def _run_evaluate(arguments: argparse.Namespace) -> int:
@@ -101,13 +93,4 @@ def _run_evaluate(arguments: argparse.Namespace) -> int:
             progress=progress,
             local_files_only=arguments.local_files_only,
         )
-    result.inputs["model"] = arguments.model
-    if arguments.out is not None:
-        result.save(arguments.out, overwrite=arguments.overwrite)
-    if arguments.json:
-        print(result.to_json(), end="")
-    elif not arguments.quiet:
-        print_table(result.table())
-        if arguments.out is not None:
-            print(f"Written to {arguments.out}.")
-    return 0
+    return write_measured(arguments, result)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import command, print_table
+from .common import add_local, add_quiet, chosen, command, print_table
 
 _EXPORT = """\
 Write an adapter that SaLoRA trained (a checkpoint with its salora_subspace.safetensors) for software that knows
@@ -23,8 +23,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--model", metavar="MODEL", help="the original model (default: the one the adapter names)")
     parser.add_argument("--no-sidecar", action="store_true", help="leave salora_subspace.safetensors out")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at OUT")
-    parser.add_argument("--local-files-only", action="store_true", help="use the local Hugging Face cache, no network")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_local(parser)
+    add_quiet(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -37,10 +37,8 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.out,
         arguments.form,
         subspaces=Subspaces.load(arguments.subspaces) if arguments.subspaces else None,
-        model=arguments.model,
         sidecar=not arguments.no_sidecar,
-        overwrite=arguments.overwrite,
-        local_files_only=arguments.local_files_only,
+        **chosen(arguments, "model", "overwrite", "local_files_only"),
     )
     if arguments.json:
         sys.stdout.write(report.to_json())

@@ -5,7 +5,17 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import check_reports, command, finish, progress_bar
+from .common import (
+    add_local,
+    add_quiet,
+    add_reports,
+    add_running,
+    check_reports,
+    chosen,
+    command,
+    finish,
+    progress_bar,
+)
 
 _FILTER = """\
 Damp an adapter's update on inputs like those of safety prompts, keep it on the task's, and write a plain PEFT adapter.
@@ -15,6 +25,11 @@ examples; lora_B and the rank stay as they are. Needs the model itself and a few
 model and no training. DATA is .jsonl, .json, .csv, .tsv or .txt: prompts, with answers for --weight grad. Look at what
 is left of the update on both sides (--dry-run), and measure the result: `safelora frontier`.
 """
+_OPTIONS = (
+    "weight", "strength", "ridge", "model", "tokenizer", "out", "refusal", "unseen", "solver", "memory_budget",
+    "batch_size", "max_length", "dry_run", "overwrite", "allow_filtered", "local_files_only", "revision", "device",
+    "dtype",
+)  # fmt: skip
 
 
 def add(commands: Any) -> None:
@@ -44,21 +59,14 @@ def add(commands: Any) -> None:
     parser.add_argument("--solver", choices=("auto", "cholesky", "dual", "cg"), default="auto", help="default: auto")
     parser.add_argument("--memory-budget", type=float, default=2.0, metavar="GIB", help="for moments (default: 2)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="examples a batch (default: 8)")
-    parser.add_argument("--max-length", type=int, default=1024, metavar="N", help="tokens an example (default: 1024)")
-    parser.add_argument("--device", metavar="DEVICE", help="default: the GPU if there is one")
-    parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
-        help="to load the model in (default: as it is stored)",
-    )  # fmt: skip
+    add_running(parser)
     parser.add_argument("--dry-run", action="store_true", help="measure, solve and print; write no adapter")
-    parser.add_argument(
-        "--report", action="append", default=[], metavar="FILE", help="also write FILE.html, .json or .png (repeatable)"
-    )
+    add_reports(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output at --out")
     parser.add_argument("--allow-filtered", action="store_true", help="accept an input that was filtered before")
-    parser.add_argument("--local-files-only", action="store_true", help="use the local Hugging Face cache, no network")
+    add_local(parser)
     parser.add_argument("--revision", metavar="REV", help="revision of the adapter")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    add_quiet(parser)
 
 
 def _run_filter(arguments: argparse.Namespace) -> int:
@@ -70,14 +78,8 @@ def _run_filter(arguments: argparse.Namespace) -> int:
     if arguments.wrap > 0:
         safety = load_examples(safety)
         safety = safety + wrapped_prompts(safety, arguments.task, limit=arguments.wrap)
-    names = (
-        "weight", "strength", "ridge", "model", "tokenizer", "out", "refusal", "unseen", "solver", "memory_budget",
-        "batch_size", "max_length", "dry_run", "overwrite", "allow_filtered", "local_files_only", "revision", "device",
-        "dtype",
-    )  # fmt: skip
     with progress_bar(arguments.quiet or arguments.json, "reading calibration data", in_bytes=False) as progress:
         report = filter_adapter(
-            arguments.adapter, safety, arguments.task, progress=progress,
-            **{name: getattr(arguments, name) for name in names},
-        )  # fmt: skip
+            arguments.adapter, safety, arguments.task, progress=progress, **chosen(arguments, *_OPTIONS)
+        )
     return finish(arguments, report)

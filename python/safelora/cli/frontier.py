@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import command, print_table, progress_bar
+from .common import chosen, command, progress_bar, write_measured
 from .evaluate import add_questions, prepare
 
 _FRONTIER = """\
@@ -15,6 +15,7 @@ measures. Always run: Safe LoRA as published, with an orthogonal projector and a
 deleted, random modules deleted (several draws), everything scaled.
 No file of MODEL or ADAPTER is changed.
 """
+_OPTIONS = ("base", "draws", "seed", "calibrate_safety", "calibrate_task", "tolerance", "local_files_only")
 
 
 def add(commands: Any) -> None:
@@ -63,32 +64,16 @@ def _run_frontier(arguments: argparse.Namespace) -> int:
         result = trace_frontier(
             model,
             arguments.adapters,
-            base=arguments.base,
             rules=arguments.rule,
             tokenizer=tokenizer,
             suite=suite,
             num_layers=num_layers,
             thresholds=thresholds,
             values=values,
-            draws=arguments.draws,
-            seed=arguments.seed,
-            calibrate_safety=arguments.calibrate_safety,
-            calibrate_task=arguments.calibrate_task,
-            tolerance=arguments.tolerance,
             progress=progress,
-            local_files_only=arguments.local_files_only,
+            **chosen(arguments, *_OPTIONS),
         )
-    result.inputs["model"] = arguments.model
-    if arguments.out is not None:
-        result.save(arguments.out, overwrite=arguments.overwrite)
-    if arguments.json:
-        print(result.to_json(), end="")
-    elif not arguments.quiet:
-        print_table(result.table())
-        print(*result.reading(), sep="\n")
-        if arguments.out is not None:
-            print(f"Written to {arguments.out}.")
-    return 0
+    return write_measured(arguments, result, result.reading())
 
 
 def _numbers(option: str, text: str | None, kind: type) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import add_sources, command, print_table
+from .common import add_sources, command, print_json, print_table
 
 _INSPECT = """\
 Show what an adapter holds, which checkpoint tensor each of its modules is paired with, and what vLLM and llama.cpp do
@@ -66,8 +66,6 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
     model = aligned or base
     serving = [str(note) for note in serving_notes(adapter, model.config if model else None)]
     if arguments.json:
-        import json
-
         content = {
             "adapter": str(adapter.root),
             "base_model_name_or_path": adapter.base_model,
@@ -76,7 +74,7 @@ def _run_inspect(arguments: argparse.Namespace) -> int:
             "warnings": adapter.warnings,
             "serving": serving,
         }
-        print(json.dumps(content, indent=1))
+        print_json(content)
         return 0
     print_table(_inspection_table(rows, adapter.base_model, [*adapter.warnings, *serving]))
     return 0

@@ -6,7 +6,18 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from .common import add_rule, add_sources, check_reports, command, finish, progress_bar, rule_options, show
+from .common import (
+    add_rule,
+    add_sources,
+    check_reports,
+    chosen,
+    command,
+    finish,
+    print_json,
+    progress_bar,
+    rule_options,
+    show,
+)
 
 _PROJECT = """\
 Apply Safe LoRA to a PEFT adapter directory and write a plain PEFT adapter that loads anywhere.
@@ -53,57 +64,37 @@ def add(commands: Any) -> None:
 
 
 def _run_project(arguments: argparse.Namespace) -> int:
-    from ..distributed import launched
     from ..errors import SafeLoraError
     from ..project import project_adapter, project_adapters
 
-    check_reports(arguments.report)
     if arguments.all_adapters and arguments.report:
         raise SafeLoraError("--report writes one report; with --all-adapters there is one beside each adapter.")
-    with launched() as ranks, progress_bar(arguments.quiet or ranks.rank > 0) as progress:
-        run: Callable[..., Any] = project_adapters if arguments.all_adapters else project_adapter
-        result = run(
-            arguments.adapter,
-            arguments.base,
-            arguments.aligned,
-            arguments.out,
-            modules_to_save=arguments.modules_to_save,
-            split_fused=arguments.split_fused,
-            progress=progress,
-            ranks=ranks,
-            **rule_options(arguments),
-        )
-    if ranks.rank > 0:
-        return 0
-    if arguments.all_adapters:
-        if arguments.json:
-            import json
-
-            print(json.dumps({name: report.to_dict() for name, report in result.items()}, indent=1))
-        else:
-            for name, report in result.items():
-                if not arguments.quiet:
-                    print(f"{name}: ", end="" if not report.dry_run else "\n", flush=True)
-                    show(report)
-        return 0
-    return finish(arguments, result)
+    run = project_adapters if arguments.all_adapters else project_adapter
+    return _project(arguments, run, arguments.adapter, "modules_to_save", "split_fused")
 
 
 def _run_project_model(arguments: argparse.Namespace) -> int:
-    from ..distributed import launched
     from ..full_model import project_model
 
+    return _project(arguments, project_model, arguments.model, "include", "exclude")
+
+
+def _project(arguments: argparse.Namespace, run: Callable[..., Any], source: str, *names: str) -> int:
+    """Run on all ranks with the common options and those of these names; rank 0 prints."""
+    from ..distributed import launched
+
     check_reports(arguments.report)
+    options = {**rule_options(arguments), **chosen(arguments, *names)}
     with launched() as ranks, progress_bar(arguments.quiet or ranks.rank > 0) as progress:
-        report = project_model(
-            arguments.model,
-            arguments.base,
-            arguments.aligned,
-            arguments.out,
-            include=arguments.include,
-            exclude=arguments.exclude,
-            progress=progress,
-            ranks=ranks,
-            **rule_options(arguments),
-        )
-    return finish(arguments, report) if ranks.rank == 0 else 0
+        result = run(source, arguments.base, arguments.aligned, progress=progress, ranks=ranks, **options)
+    if ranks.rank > 0:
+        return 0
+    if not isinstance(result, dict):
+        return finish(arguments, result)
+    if arguments.json:
+        print_json({name: report.to_dict() for name, report in result.items()})
+    elif not arguments.quiet:
+        for name, report in result.items():
+            print(f"{name}: ", end="" if not report.dry_run else "\n", flush=True)
+            show(report)
+    return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import command
+from .common import chosen, command, print_json
 
 _PUSH = """\
 Show what of a projected adapter or model would be uploaded to the Hugging Face hub; with --upload, upload it.
@@ -34,17 +34,14 @@ def _run_push(arguments: argparse.Namespace) -> int:
     push = push_to_hub(
         arguments.folder,
         arguments.repo_id,
-        upload=arguments.upload,
         private=not arguments.public,
-        revision=arguments.revision,
-        create_pr=arguments.create_pr,
         commit_message=arguments.message,
+        **chosen(arguments, "upload", "revision", "create_pr"),
     )
     if arguments.json:
         import dataclasses
-        import json
 
-        print(json.dumps(dataclasses.asdict(push), indent=1))
+        print_json(dataclasses.asdict(push))
         return 0
     print(push.summary)
     for name, size in push.files.items():

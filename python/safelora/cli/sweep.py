@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .common import add_sources, command, print_table, progress_bar
+from .common import SOURCES, add_sources, chosen, command, print_json, print_table, progress_bar
 
 _SWEEP = """\
 Measure an adapter once and print, for each threshold, how many of its modules `project` would project.
@@ -49,17 +49,12 @@ def _run_sweep(arguments: argparse.Namespace) -> int:
                 threshold=0.0,
                 dry_run=True,
                 allow_projected=True,
-                local_files_only=arguments.local_files_only,
-                revision=arguments.revision,
-                revision_base=arguments.revision_base,
-                revision_aligned=arguments.revision_aligned,
                 progress=progress,
+                **chosen(arguments, *SOURCES),
             )
         result = sweep_thresholds(report, thresholds, rule=arguments.rule)
     if arguments.json:
-        import json
-
-        print(json.dumps(result.to_dict(), indent=1))
+        print_json(result.to_dict())
     else:
         print_table(result.table())
     return 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..adapter import Adapter, LoraModule
 from ..errors import SafeLoraError
 from ..live import _Changes
+from ..loading import load_bare_model
 from ..output import StagedAdapter, check_target, copy_and_hash
 from ..peft_model import chosen_adapter, inventory, unwrap, whole
 from .calibration import CalibrationSet, calibration_sets
@@ -662,7 +663,9 @@ def _loaded(model: Any, source: Adapter, device: str | None, dtype: str, local_f
     in_memory = not isinstance(model, (str, os.PathLike))
     if in_memory and not hasattr(model, "named_modules"):
         raise SafeLoraError(f"model is a {type(model).__name__}, expected a path, a repository id or a model.")
-    plain = model if in_memory else _load(model, device, dtype, local_files_only)
+    plain = (
+        model if in_memory else load_bare_model(model, dtype=dtype, device=device, local_files_only=local_files_only)
+    )
     training = {module: module.training for module in plain.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in plain.parameters()}
     peft_model = PeftModel.from_pretrained(plain, str(source.root))
@@ -677,18 +680,6 @@ def _loaded(model: Any, source: Adapter, device: str | None, dtype: str, local_f
                 module.training = mode
             for parameter, wanted in trainable.items():
                 parameter.requires_grad_(wanted)
-
-
-def _load(model: str | os.PathLike[str], device: str | None, dtype: str, local_files_only: bool) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
-        raise SafeLoraError(f"the model {os.fspath(model)} cannot be loaded: {error}") from error
-    return loaded.to(place)
 
 
 def _write(job: _Job, source: Adapter, target: Path | None, dry_run: bool) -> FilterReport:

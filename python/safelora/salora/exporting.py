@@ -14,7 +14,7 @@ from ..adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from ..card import write_mark
 from ..distributed import Ranks
 from ..errors import SafeLoraError
-from ..output import StagedDirectory, check_target
+from ..output import StagedDirectory, check_place, check_target
 from .constraint import leak, update_factors
 from .subspaces import METADATA_KEY, SUBSPACE_FILE, Subspaces
 
@@ -180,8 +180,9 @@ def export_checkpoint(
     if form == "rank2r":
         return _export_files(adapter, place, subspaces, sidecar, overwrite)
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
+    from ..loading import load_bare_model
     from .initialization import restore
 
     source = model or adapter.base_model
@@ -189,10 +190,7 @@ def export_checkpoint(
         raise SafeLoraError(f"{adapter.root} does not name its model; give it (model=..., --model).")
     tokenizer = None
     if isinstance(source, (str, os.PathLike)):
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(source, dtype="auto", local_files_only=local_files_only)
-        except (OSError, ValueError) as error:
-            raise SafeLoraError(f"the model {source} could not be loaded: {error}") from error
+        loaded = load_bare_model(source, device="cpu", local_files_only=local_files_only)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
         except (OSError, ValueError):
@@ -254,7 +252,7 @@ def _export(
         ranks.gather(None)
         return report
     needed = sum(tensor.nbytes for tensor in (*state.values(), *base.values()))
-    check_target(out, Path(os.sep, "<live>"), [], needed, overwrite, report=REPORT_FILE)
+    check_place(out, needed, overwrite, REPORT_FILE)
     with StagedDirectory(out) as staged, staged.writing():
         if form != "rank2r":
             place = staged.path / BASE_FOLDER if form == "residual" else staged.path

@@ -96,13 +96,14 @@ def test_configurations_and_errors(world, tmp_path, capsys):
     cases: list[tuple[list[str], str]] = [
         ([*arguments, "--out", str(tmp_path / "no" / "file.safetensors")], "directory that exists"),
         ([*arguments, *out, "--task", "nowhere.jsonl"], "no such file"),
-        ([*arguments, *out, "--dtype", "int8"], "--dtype int8"),
         ([*arguments, *out, "--config", str(tmp_path / "nothing")], "--config"),
-        (["calibrate", str(tmp_path / "none"), "--safety", str(world / "safety.jsonl"), *out], "could not be loaded"),
+        (["calibrate", str(tmp_path / "none"), "--safety", str(world / "safety.jsonl"), *out], "cannot be loaded"),
         (["export", str(tmp_path / "adapter"), str(tmp_path / "out")], "neither"),
     ]
     for command, message in cases:
         capsys.readouterr()
         assert main(command) == 2
         assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, *out, "--dtype", "int8"])
+    assert "--dtype" in capsys.readouterr().err and not (tmp_path / "out").exists()
