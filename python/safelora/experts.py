@@ -8,17 +8,20 @@ code and PEFT's version.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from itertools import permutations
 from typing import Any, NamedTuple
 
 from .adapter import Adapter, LoraModule
 from .checkpoint import Checkpoint
-from .conversion import Parameter, Replay, replay
+from .conversion import Recipe, Replay, replay
 from .errors import SafeLoraError
 from .fp8 import stored
 from .naming import WEIGHTS, replicated, stored_names
 from .weights import Stored, WeightMatch
 
+Sources = Callable[[int], tuple[tuple[Stored, ...], Recipe | None]]
 _WRAPPER = ".base_layer"
 _READ_HIDDEN = frozenset({"gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "v1", "input_linear", "fc1", "wi"})
 _WRITE_HIDDEN = frozenset({"down_proj", "w2", "output_linear", "fc2", "wo"})
@@ -27,14 +30,16 @@ _UNFLAGGED = ("llama4",)
 
 
 class Stack(NamedTuple):
-    """A parameter of shape (experts, d1, d2) in one checkpoint. `transposed`: d1 is the input; `flagged`: the model's
-    code says so by its attribute `is_transposed`."""
+    """A parameter of shape (experts, d1, d2) in one checkpoint.
+
+    sources: what has to be read for one expert, and how it is made of that. `transposed`: d1 is the input; `flagged`:
+    the model's code says so by its attribute `is_transposed`.
+    """
 
     name: str
     how: str
     shape: tuple[int, int, int]
-    source: Stored | None
-    parameter: Parameter | None
+    sources: Sources
     transposed: bool
     flagged: bool
 
@@ -46,13 +51,9 @@ class Stack(NamedTuple):
     def d_in(self) -> int:
         return self.shape[1] if self.transposed else self.shape[2]
 
-    def expert(self, checkpoint: Checkpoint, index: int) -> WeightMatch:
+    def expert(self, index: int) -> WeightMatch:
         """The weight of one expert."""
-        if self.source is not None:
-            return WeightMatch((self.source.slab(index),), self.how, self.transposed)
-        made = replay(checkpoint)
-        assert made is not None and self.parameter is not None
-        sources, convert = made.sources(self.parameter, index)
+        sources, convert = self.sources(index)
         return WeightMatch(sources, self.how, self.transposed, convert)
 
 
@@ -117,19 +118,18 @@ def find_stack(checkpoint: Checkpoint, owner: str, parameter: str) -> Stack | No
         )
     if located is None or len(located[2]) != 3:
         return None
-    name, how, shape, source, made = located
+    name, how, shape, sources = located
     transposed = _is_transposed(checkpoint, owner, name, shape)
     flagged = transposed and not str(checkpoint.config.get("model_type")).startswith(_UNFLAGGED)
-    return Stack(name, how, (shape[0], shape[1], shape[2]), source, made, transposed, flagged)
+    return Stack(name, how, (shape[0], shape[1], shape[2]), sources, transposed, flagged)
 
 
-def _locate(
-    checkpoint: Checkpoint, owner: str, parameter: str
-) -> tuple[str, str, tuple[int, ...], Stored | None, Parameter | None] | None:
+def _locate(checkpoint: Checkpoint, owner: str, parameter: str) -> tuple[str, str, tuple[int, ...], Sources] | None:
+    """Name, how it was found, shape and sources of a parameter of all experts; None where there is none."""
     hits, how = stored_names(checkpoint).find(owner, (parameter,))
     if len(hits) == 1:
         source = stored(checkpoint, checkpoint.tensors[hits[0]])
-        return hits[0], how, source.info.shape, source, None
+        return hits[0], how, source.info.shape, lambda index: ((source.slab(index),), None)
     made = replay(checkpoint)
     if made is None:
         return None
@@ -137,7 +137,7 @@ def _locate(
     if len(hits) != 1:
         return None
     found = made.parameters[hits[0]]
-    return found.name, "converted", found.shape, None, found
+    return found.name, "converted", found.shape, partial(made.sources, found)
 
 
 def _is_matrix(checkpoint: Checkpoint, module: str) -> bool:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .adapter import REPORT_FILE, natural_key
+from .adapter import PROJECTED, REPORT_FILE, natural_key
 from .checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo, read_json
-from .decision import check_options, decide, refuse_equal_models
-from .distributed import Ranks, Spilled, collect, collective, modules_of, share, together
+from .decision import check_options
+from .distributed import Ranks, Spilled, collective
 from .errors import SafeLoraError
-from .experts import find_stack
+from .experts import Stack, find_stack
 from .fp8 import check_pair, is_fp8
 from .full import FullTensor
 from .mapping import PlannedModule, conv1d, locate
-from .measure import Rewriter, batches_of, measure, pairs_of
 from .naming import EMBEDDINGS
-from .output import StagedModel, check_target
+from .offline import project_files
+from .output import StagedModel, check_target, output_place
 from .report import SafeLoraReport
-from .stream import READ_AHEAD_BYTES, ReadAhead, map_range, to_tensor
+from .stream import map_range, to_tensor
 from .weights import WeightMatch
 
 if TYPE_CHECKING:
@@ -127,38 +126,17 @@ def project_model(
     warnings.append(
         f"{len(left)} tensors (embeddings, norms, biases and what was excluded) keep what fine-tuning made of them."
     )
-    target = None
-    if not dry_run:
-        if out is None:
-            raise SafeLoraError("give an output directory (out), or ask for a dry run.")
-        target = Path(out).expanduser().resolve()
-        if ranks.rank == 0:
-            check_target(target, roots[0], roots[1:], sum(header.file_size for header in tuned.headers), overwrite)
-
+    target = output_place(out, dry_run)
+    if target and ranks.rank == 0:
+        check_target(target, roots[0], roots[1:], sum(header.file_size for header in tuned.headers), overwrite)
     source = _Model(tuned)
     headers = [*tuned.headers, *base_model.headers, *aligned_model.headers]
     files = [(header.file_size, header.sha256) for header in headers]
     ranks.same((options, dry_run, files), "the options or the models")
-    shares = share(pairs_of(plan), ranks.size)
-    batches = batches_of(shares[ranks.rank])
-    with ExitStack() as stack:
-        stream = stack.enter_context(
-            ReadAhead([[info for pair in batch for info in pair.tensors] for batch in batches], READ_AHEAD_BYTES)
-        )
-        staged = stack.enter_context(StagedModel(target, tuned)) if target and ranks.rank == 0 else None
-        writer: StagedModel | Spilled | None = staged
-        if target and staged is None:
-            beside = target.parent if target.parent.is_dir() else None
-            writer = Spilled(source, stack.enter_context(TemporaryFile(dir=beside, buffering=0)))
-        pool = stack.enter_context(ThreadPoolExecutor(1, "safelora-copy"))
-        ready = pool.submit(staged.copy_input if staged else lambda: None)
-        own = {module.name for module in modules_of(shares[ranks.rank])}
-        rewriter = Rewriter(source, writer, [planned for planned in plan if planned.module.name in own])
-        measured = together(ranks, plan, measure(source, batches, stream, normalize, rewriter, ready, progress))
-        refuse_equal_models(measured, base_model, aligned_model)
-        selected, outcome = decide(plan, measured, options)
-        ready.result()
-        report = SafeLoraReport(
+    staged = StagedModel(target, tuned) if target and ranks.rank == 0 else None
+
+    def report_of(outcome: dict[str, Any], _: None) -> SafeLoraReport:
+        return SafeLoraReport(
             **outcome,
             inputs={
                 "model": tuned.fingerprint(),
@@ -170,12 +148,16 @@ def project_model(
             passed_through=left,
             warnings=warnings,
         )
-        if writer is not None:
-            rewriter.restore(measured, selected)
-            collect(ranks, shares, selected, source, writer)
-        if staged is not None:
-            staged.commit(report)
-    return report
+
+    writer = staged or (_spilled(source, target.parent) if target else None)
+    copy = staged.copy_input if staged else lambda: None
+    return project_files(plan, source, base_model, aligned_model, options, ranks, writer, copy, report_of, progress)
+
+
+@contextmanager
+def _spilled(source: _Model, beside: Path) -> Iterator[Spilled]:
+    with TemporaryFile(dir=beside if beside.is_dir() else None, buffering=0) as file:
+        yield Spilled(source, file)
 
 
 def _plan(
@@ -228,23 +210,23 @@ def _is_embedding(module: str) -> bool:
 def _plan_stack(info: TensorInfo, tuned: Checkpoint, base: Checkpoint, aligned: Checkpoint) -> Sequence[PlannedModule]:
     """Every expert of a 3-D weight by itself."""
     owner, _, parameter = info.name.rpartition(".")
-    stacks = [find_stack(checkpoint, owner, parameter) for checkpoint in (tuned, base, aligned)]
+    stacks: list[Stack] = []
+    for checkpoint in (tuned, base, aligned):
+        stack = find_stack(checkpoint, owner, parameter)
+        if stack is None:
+            raise SafeLoraError(f"{info.name}: {checkpoint.source} holds no such weight of all experts.")
+        stacks.append(stack)
     mine = stacks[0]
-    if mine is None or any(stack is None for stack in stacks):
-        raise SafeLoraError(f"{info.name}: base or aligned holds no such weight of all experts.")
+    for checkpoint, stack in zip((base, aligned), stacks[1:], strict=True):
+        if (stack.d_out, stack.d_in, stack.shape[0]) != (mine.d_out, mine.d_in, mine.shape[0]):
+            raise SafeLoraError(
+                f"{checkpoint.source}: {stack.name} has shape {list(stack.shape)}, here it is {list(info.shape)}."
+            )
     plan = []
     for index in range(info.shape[0]):
         name = f"{owner}.{index}.{parameter}" if parameter != "weight" else f"{owner}.{index}"
         full = FullTensor(name, "expert", info, mine.transposed, (), index)
-        matches = []
-        for checkpoint, stack in zip((base, aligned), stacks[1:], strict=True):
-            assert stack is not None
-            if (stack.d_out, stack.d_in, stack.shape[0]) != (mine.d_out, mine.d_in, mine.shape[0]):
-                raise SafeLoraError(
-                    f"{checkpoint.source}: {stack.name} has shape {list(stack.shape)}, here it is {list(info.shape)}."
-                )
-            matches.append(stack.expert(checkpoint, index))
-        plan.append(PlannedModule(full, matches[0], matches[1]))
+        plan.append(PlannedModule(full, stacks[1].expert(index), stacks[2].expert(index)))
     return plan
 
 
@@ -252,8 +234,6 @@ def _check_mark(tuned: Checkpoint, allow_projected: bool) -> None:
     place = tuned.root / REPORT_FILE
     if allow_projected or not place.exists():
         return
-    if read_json(place, "the projection report")[0].get("num_projected") != 0:
-        raise SafeLoraError(
-            f"{tuned.root} has been projected already (it has a {REPORT_FILE}). Projecting twice shrinks the update "
-            "twice; start from the original model, or say so explicitly (allow_projected=True, --allow-projected)."
-        )
+    if read_json(place, "the report of projecting")[0].get(PROJECTED.count) != 0:
+        what = f"{tuned.root} has been projected already (it has a {REPORT_FILE})"
+        raise PROJECTED.refusal(what, "start from the original model")

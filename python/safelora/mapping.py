@@ -113,10 +113,7 @@ def _plan_experts(
             )
     planned = []
     for index, module in enumerate(modules):
-        base, aligned = (
-            stack.expert(checkpoint, index) if checkpoint is not None and stack is not None else None
-            for checkpoint, stack in zip(checkpoints, entry.stacks, strict=True)
-        )
+        base, aligned = (stack.expert(index) if stack is not None else None for stack in entry.stacks)
         planned.append(PlannedModule(module, base, aligned))
     return planned
 

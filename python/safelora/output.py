@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .adapter import COMPANIONS, CONFIG_FILE, PROJECTED, REPORT_FILE, WEIGHTS_FILE, Adapter, Mark, tensor_bytes
+from .card import mark_card
 from .checkpoint import INDEX_FILE, Checkpoint, TensorInfo
 from .errors import SafeLoraError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-    from .report import Report, SafeLoraReport
+    from .report import Report
 
 try:
     import fcntl
@@ -85,12 +86,14 @@ def check_place(out: Path, needed: int, overwrite: bool, report: str) -> None:
 class StagedDirectory:
     """A directory under construction, hidden and locked, beside its final place.
 
-    Leaving the context without :meth:`finish` removes it. A killed process leaves it behind unlocked; the next run
-    for the same output removes it.
+    `files` are those that are written piece by piece. Leaving the context without :meth:`publish` removes the
+    directory. A killed process leaves it behind unlocked; the next run for the same output removes it.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, files: Sequence[str] = ()) -> None:
         self.out = out
+        self._names = files
+        self._files: dict[str, BinaryIO] = {}
         self._prefix = f".{out.name[:100]}.safelora-"
         self._lock: int | None = None
         self._opened = ExitStack()
@@ -102,7 +105,8 @@ class StagedDirectory:
             self._remove_stale()
             self.path.mkdir()
             self._lock = _try_lock(self.path)
-            self._begin()
+            for name in self._names:
+                self._files[name] = self._opened.enter_context((self.path / name).open("xb+", buffering=0))
         return self
 
     def __exit__(
@@ -113,26 +117,18 @@ class StagedDirectory:
             os.close(self._lock)
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _begin(self) -> None:
-        """Create the files that are written piece by piece."""
+    def commit(self, report: Report) -> None:
+        """Write report and model card, and move everything to its place."""
+        with self.writing():
+            report.save_json(self.path / report.mark.report)
+            if report.changed:
+                mark_card(self.path / "README.md", report)
+            self.publish()
 
-    def _create(self, name: str) -> BinaryIO:
-        return self._opened.enter_context((self.path / name).open("xb+", buffering=0))
-
-    def finish(self, report: Report, written: Collection[str] = ()) -> None:
-        """Add report and model card, and publish."""
-        report.save_json(self.path / report.mark.report)
-        if report.changed:
-            from .card import mark_card
-
-            mark_card(self.path / "README.md", report)
-        self.publish(written)
-
-    def publish(self, written: Collection[str] = ()) -> None:
-        """Make everything durable (but what is in `written` and is already) and move it to its place."""
+    def publish(self) -> None:
+        """Make everything durable and move it to its place."""
         for name in os.listdir(self.path):
-            if name not in written:
-                _sync(self.path / name)
+            _sync(self.path / name)
         _sync(self.path)
         self._move()
         _sync(self.out.parent)
@@ -177,31 +173,25 @@ class StagedAdapter(StagedDirectory):
     """An adapter directory under construction."""
 
     def __init__(self, out: Path, adapter: Adapter, mark: Mark = PROJECTED) -> None:
-        super().__init__(out)
+        super().__init__(out, (WEIGHTS_FILE,))
         self.adapter = adapter
         self._mark = mark
         self._header = _header_bytes(adapter, mark, marked=True)
-        self._file: BinaryIO | None = None
-
-    def _begin(self) -> None:
-        self._file = self._create(WEIGHTS_FILE)
 
     def copy_input(self) -> str:
         """Copy every tensor and companion file of the input; returns the sha256 of its weight file."""
-        assert self._file is not None
         with self.writing():
-            digest = copy_and_hash(self.adapter, self._file, len(self._header))
+            digest = copy_and_hash(self.adapter, self._files[WEIGHTS_FILE], len(self._header))
             shutil.copyfile(self.adapter.root / CONFIG_FILE, self.path / CONFIG_FILE)
             self.copy_companions(self.adapter.root, COMPANIONS)
         return digest
 
     def replace(self, name: str, tensor: torch.Tensor) -> None:
         """Overwrite tensor `name`; dtype and number of elements are those of the input's tensor."""
-        assert self._file is not None
-        header = self.adapter.header
+        header, file = self.adapter.header, self._files[WEIGHTS_FILE]
         with self.writing():
-            self._file.seek(len(self._header) + header.tensors[name].begin - header.data_start)
-            write_all(self._file, tensor_bytes(tensor))
+            file.seek(len(self._header) + header.tensors[name].begin - header.data_start)
+            write_all(file, tensor_bytes(tensor))
 
     def written(self, name: str) -> torch.Tensor:
         """Tensor `name` as it stands in the output."""
@@ -212,42 +202,34 @@ class StagedAdapter(StagedDirectory):
 
     def commit(self, report: Report) -> None:
         """Write header, report and model card, and move everything to its place."""
-        assert self._file is not None
+        header = _header_bytes(self.adapter, self._mark, bool(report.changed), len(self._header))
         with self.writing():
-            self._file.seek(0)
-            write_all(
-                self._file, memoryview(_header_bytes(self.adapter, self._mark, bool(report.changed), len(self._header)))
-            )
-            os.fsync(self._file.fileno())
-            self.finish(report, (WEIGHTS_FILE,))
+            self._files[WEIGHTS_FILE].seek(0)
+            write_all(self._files[WEIGHTS_FILE], memoryview(header))
+        super().commit(report)
 
 
 class StagedModel(StagedDirectory):
     """A full checkpoint under construction: the input's files under the input's names, some tensors replaced."""
 
     def __init__(self, out: Path, model: Checkpoint) -> None:
-        super().__init__(out)
+        super().__init__(out, [header.path.name for header in model.headers])
         self.model = model
-        self._files: dict[Path, BinaryIO] = {}
-
-    def _begin(self) -> None:
-        for header in self.model.headers:
-            self._files[header.path] = self._create(header.path.name)
 
     def copy_input(self) -> None:
         """Copy every shard and companion file of the input."""
         with self.writing():
             buffer = memoryview(bytearray(_COPY_BYTES))
-            for path, target in self._files.items():
-                with open(path, "rb", buffering=0) as source:
+            for header in self.model.headers:
+                with open(header.path, "rb", buffering=0) as source:
                     while count := source.readinto(buffer):
-                        write_all(target, buffer[:count])
+                        write_all(self._files[header.path.name], buffer[:count])
             self.copy_companions(self.model.root, (*COMPANIONS, "config.json", INDEX_FILE, "*.py"))
 
     def replace(self, name: str, tensor: torch.Tensor) -> None:
         """Overwrite tensor `name`."""
         info = self.model.tensors[name]
-        file = self._files[info.file]
+        file = self._files[info.file.name]
         with self.writing():
             file.seek(info.begin)
             write_all(file, tensor_bytes(tensor))
@@ -256,13 +238,6 @@ class StagedModel(StagedDirectory):
         """Tensor `name` as it stands in the output."""
         info = self.model.tensors[name]
         return _read(info._replace(file=self.path / info.file.name))
-
-    def commit(self, report: SafeLoraReport) -> None:
-        """Write report and model card, and move everything to its place."""
-        with self.writing():
-            for file in self._files.values():
-                os.fsync(file.fileno())
-            self.finish(report, [path.name for path in self._files])
 
 
 def copy_and_hash(adapter: Adapter, target: BinaryIO | None, position: int) -> str:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 from . import fused
 from .adapter import CONFIG_FILE, Adapter, passed_through_warning
 from .checkpoint import Checkpoint
-from .decision import check_options, decide, refuse_equal_models
-from .distributed import Kept, Ranks, collect, collective, modules_of, share, together
+from .decision import check_options
+from .distributed import Kept, Ranks, collective
 from .errors import SafeLoraError
 from .fp8 import check_pair
 from .full import plan_full
 from .mapping import plan_modules
-from .measure import Rewriter, batches_of, measure, pairs_of
-from .output import StagedAdapter, check_target, copy_and_hash
+from .offline import project_files
+from .output import StagedAdapter, check_target, copy_and_hash, output_place
 from .report import SafeLoraReport
 from .serving import serving_notes
-from .stream import READ_AHEAD_BYTES, ReadAhead
 
 
 @collective
@@ -117,40 +115,29 @@ def project_adapter(
         warnings += [f"{entry.module.output.name} stays as it is: {entry.skipped}." for entry in full if entry.skipped]
         passed_through = [entry.module.output.name for entry in full if entry.skipped]
         plan += full
-    target = None
-    if not dry_run:
-        if out is None:
-            raise SafeLoraError("give an output directory (out), or ask for a dry run.")
-        target = Path(out).expanduser().resolve()
+    target = output_place(out, dry_run)
+    if target and ranks.rank == 0:
         roots = [base_model.root.resolve(), aligned_model.root.resolve()]
-        if ranks.rank == 0:
-            check_target(target, source.root.resolve(), roots, source.header.file_size, overwrite)
-
+        check_target(target, source.root.resolve(), roots, source.header.file_size, overwrite)
     headers = [source.header, *base_model.headers, *aligned_model.headers]
     files = [(header.file_size, header.sha256) for header in headers]
     ranks.same((options, dry_run, files), "the options, the adapter or the models")
-    shares = share(pairs_of(plan), ranks.size)
-    batches = batches_of(shares[ranks.rank])
-    with ExitStack() as stack:
-        stream = stack.enter_context(
-            ReadAhead([[info for pair in batch for info in pair.tensors] for batch in batches], READ_AHEAD_BYTES)
-        )
-        staged = stack.enter_context(StagedAdapter(target, source)) if target and ranks.rank == 0 else None
-        writer = staged or (Kept(source) if target else None)
-        pool = stack.enter_context(ThreadPoolExecutor(1, "safelora-copy"))
-        digest = pool.submit(_copy, source, staged, ranks)
-        own = {module.name for module in modules_of(shares[ranks.rank])}
-        rewriter = Rewriter(source, writer, [planned for planned in plan if planned.module.name in own])
-        measured = together(ranks, plan, measure(source, batches, stream, normalize, rewriter, digest, progress))
-        refuse_equal_models(measured, base_model, aligned_model)
-        selected, outcome = decide(plan, measured, options)
-        report = SafeLoraReport(
+    staged = StagedAdapter(target, source) if target and ranks.rank == 0 else None
+
+    def copy() -> str:
+        """The adapter's sha256, on rank 0."""
+        if ranks.rank:
+            return ""
+        return staged.copy_input() if staged else copy_and_hash(source, None, 0)
+
+    def report_of(outcome: dict[str, Any], sha256: str) -> SafeLoraReport:
+        return SafeLoraReport(
             **outcome,
             inputs={
                 "adapter": {
                     "source": source.source,
                     "file": source.weights.name,
-                    "sha256": ranks.gather(digest.result())[0],
+                    "sha256": ranks.gather(sha256)[0],
                     "base_model_name_or_path": source.base_model,
                 },
                 "base": base_model.fingerprint(),
@@ -162,19 +149,9 @@ def project_adapter(
             warnings=warnings,
             serving=[str(note) for note in serving_notes(source, aligned_model.config)],
         )
-        if writer is not None:
-            rewriter.restore(measured, selected)
-            collect(ranks, shares, selected, source, writer)
-        if staged is not None:
-            staged.commit(report)
-    return report
 
-
-def _copy(source: Adapter, staged: StagedAdapter | None, ranks: Ranks) -> str:
-    """Rank 0 copies the input and hashes it, or hashes it alone in a dry run."""
-    if ranks.rank:
-        return ""
-    return staged.copy_input() if staged else copy_and_hash(source, None, 0)
+    writer = staged or (nullcontext(Kept(source)) if target else None)
+    return project_files(plan, source, base_model, aligned_model, options, ranks, writer, copy, report_of, progress)
 
 
 def project_adapters(

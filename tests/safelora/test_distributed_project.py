@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from safelora import SafeLoraError, distributed, full_model, measure, project, stream
+from safelora import SafeLoraError, distributed, measure, offline, stream
 from safelora.adapter import LoraModule
 from safelora.checkpoint import TensorInfo
 from safelora.distributed import PeerError, Ranks, Spilled, assign, launched, share
@@ -97,12 +97,12 @@ def scenarios(root: Path, ranks: Ranks) -> dict[str, Any]:
         except SafeLoraError as error:
             results[name] = f"{type(error).__name__}: {error}"
     collect = distributed.collect
-    project.collect = full_disk
+    offline.collect = full_disk
     try:
         run(root, root / "failed", ranks, threshold=1)
     except (OSError, PeerError) as error:
         results["disk full"] = f"{type(error).__name__}: {error}"
-    project.collect = collect
+    offline.collect = collect
     results["left"] = sorted(path.name for path in root.glob("*failed*")) + sorted(
         path.name for path in root.glob(".*safelora*")
     )
@@ -320,7 +320,7 @@ def die(root: Path, rank: int, out: Path, command: str) -> None:
             os.kill(os.getpid(), 9)
         return real(*arguments)
 
-    project.measure = full_model.measure = deadly
+    offline.measure = deadly
     source = root / ("adapter" if command == "project" else "tuned")
     words = [command, source, "--base", root / "base", "--aligned", root / "aligned", "--out", out]
     sys.exit(main([*map(str, words), "--threshold", "1"]))

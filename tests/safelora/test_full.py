@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
-import safelora.full_model
 import safelora.measure
+import safelora.offline
 import safelora.weights
 from safelora import SafeLoraError, project_adapter, project_model
 from tests.safelora.test_stream import Mapped
@@ -263,7 +263,7 @@ def test_what_is_read_of_a_model_at_once_does_not_grow_with_its_layers(tmp_path,
     """Weights are mapped batch by batch, and of the fine-tuned model one at a time."""
     size = 4 * 24 * 40
     monkeypatch.setattr(safelora.measure, "BATCH_BYTES", 2 * size)
-    monkeypatch.setattr(safelora.full_model, "READ_AHEAD_BYTES", 4 * size)
+    monkeypatch.setattr(safelora.offline, "READ_AHEAD_BYTES", 4 * size)
     for layers in (3, 12):
         base = llama_tensors(layers=layers)
         aligned = shifted(base)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import safelora.measure
-import safelora.project
+import safelora.offline
 import safelora.stream
 from safelora import Checkpoint, project_adapter
 from safelora.stream import MappedRange, ReadAhead, map_range, to_tensor
@@ -78,7 +78,7 @@ def test_memory_of_a_whole_run_is_bounded_by_the_read_ahead(tmp_path, monkeypatc
     expected = project_adapter(adapter, *models, threshold=1, dry_run=True)
     layer = 2 * 4 * (2 * 24 * 24 + 2 * 8 * 24)
     monkeypatch.setattr(safelora.measure, "BATCH_BYTES", layer)
-    monkeypatch.setattr(safelora.project, "READ_AHEAD_BYTES", 2 * layer)
+    monkeypatch.setattr(safelora.offline, "READ_AHEAD_BYTES", 2 * layer)
     mapped = Mapped(monkeypatch)
     report = project_adapter(adapter, *models, threshold=1, dry_run=True)
     weights = 2 * 12 * len(names)

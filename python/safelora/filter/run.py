@@ -17,7 +17,7 @@ from ..adapter import Adapter, LoraModule
 from ..errors import SafeLoraError
 from ..live import _Changes
 from ..loading import load_bare_model
-from ..output import StagedAdapter, check_target, copy_and_hash
+from ..output import StagedAdapter, check_target, copy_and_hash, output_place
 from ..peft_model import chosen_adapter, inventory, unwrap, whole
 from .calibration import CalibrationSet, calibration_sets
 from .moments import SIDES, Collector, InputGroup, Weight, calibrating, plain_layers, probe
@@ -622,12 +622,9 @@ def _checked(
 
 
 def _target(source: Adapter, out: Any, dry_run: bool, overwrite: bool) -> Path | None:
-    if dry_run:
-        return None
-    if out is None:
-        raise SafeLoraError("give an output directory (out), or ask for a dry run.")
-    target = Path(out).expanduser().resolve()
-    check_target(target, source.root.resolve(), [], source.header.file_size, overwrite, FILTERED.report)
+    target = output_place(out, dry_run)
+    if target:
+        check_target(target, source.root.resolve(), [], source.header.file_size, overwrite, FILTERED.report)
     return target
 
 
