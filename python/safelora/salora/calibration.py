@@ -200,13 +200,15 @@ class _Sweep:
     def __init__(
         self, model: Any, targets: dict[str, Any], ranks: Ranks, sharded: bool, progress: Progress | None
     ) -> None:
+        import torch
+
         self.model = model
         self.targets = targets
         self.ranks = ranks
         self.sharded = sharded
         self.progress = progress
         self.skipped: dict[str, str] = {}
-        self._index: torch.Tensor | None = None
+        self._index = torch.empty(0, dtype=torch.int64)
         self._positions = 0
         self._on: dict[Any, torch.Tensor] = {}
 
@@ -285,7 +287,6 @@ class _Sweep:
             if len(rows) != self._positions:
                 self.skipped[name] = "its outputs are not one row per token of the batch"
                 return
-            assert self._index is not None
             index = self._on.setdefault(rows.device, self._index.to(rows.device))
             bias = getattr(module, "bias", None)
             sketch.add(rows[index], None if bias is None else _whole(bias))

@@ -72,30 +72,31 @@ class SaLoraCallback(TrainerCallback):  # type: ignore[misc]
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any
     ) -> None:
-        self._initialize(args, model, processing_class)
+        self.subspaces = self._initialize(args, model, processing_class)
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         _, inner = unwrap(model)
-        if attached(inner, chosen_adapter(inner, self._adapter)) is None:
+        known = attached(inner, chosen_adapter(inner, self._adapter))
+        if known is None:
             if (self._mode or "plain") != "plain":
                 raise SafeLoraError(
                     f"mode {self._mode!r} replaces parameters, so it has to come before the optimizer: pass the "
                     "callback in callbacks=[...] when the Trainer is made, or call initialize yourself."
                 )
             self._mode = "plain"
-            self._initialize(args, model, kwargs.get("processing_class"))
-        assert self.subspaces is not None
+            known = self.subspaces = self._initialize(args, model, kwargs.get("processing_class"))
         kept = Path(args.output_dir) / f"checkpoint-{state.global_step}" / SUBSPACE_FILE
-        if state.global_step and kept.is_file() and Subspaces.load(kept).fingerprint() != self.subspaces.fingerprint():
+        if state.global_step and kept.is_file() and Subspaces.load(kept).fingerprint() != known.fingerprint():
             raise SafeLoraError(
                 f"{kept} holds other subspaces or initial factors than this run: the run it belongs to had other data, "
                 "options or seeds, or another machine. Go on with SaLoraCallback(that file)."
             )
         if self.constraint is not None:
             self.constraint.remove()
-        self.constraint = SubspaceConstraint(model, self.subspaces, optimizer, adapter_name=self._adapter)
+        self.constraint = SubspaceConstraint(model, self.subspaces or known, optimizer, adapter_name=self._adapter)
+        self.subspaces = self.constraint.subspaces
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -103,7 +104,8 @@ class SaLoraCallback(TrainerCallback):  # type: ignore[misc]
             self.subspaces.save(folder / SUBSPACE_FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        assert self.constraint is not None
+        if self.constraint is None:  # training never began
+            return
         self.constraint.remove()
         inner, adapter = self.constraint.model, self.constraint.adapter
         if self.constraint.subspaces.mode == "residual":
@@ -113,20 +115,21 @@ class SaLoraCallback(TrainerCallback):  # type: ignore[misc]
             os.makedirs(args.output_dir, exist_ok=True)
             self.report.save_json(Path(args.output_dir) / REPORT_FILE)
 
-    def _initialize(self, args: Any, model: Any, tokenizer: Any) -> None:
+    def _initialize(self, args: Any, model: Any, tokenizer: Any) -> Subspaces:
+        """The adapter's subspaces, initialised with them unless it is already."""
         _, inner = unwrap(model)
         adapter = chosen_adapter(inner, self._adapter)
         known = attached(inner, adapter)
         if known is not None:
             if self._mode not in (None, known.mode):
                 raise SafeLoraError(f"the adapter was initialised with mode {known.mode!r}, not {self._mode!r}.")
-            self.subspaces = known
-            return
-        if self.subspaces is None:
+            return known
+        subspaces = self.subspaces
+        if subspaces is None:
             safety, task = self._data
             options = {"seed": self._seed, "tokenizer": tokenizer, "distributed": args.world_size > 1}
-            self.subspaces = calibrate(inner, None, safety, task, **{**options, **self._calibration})
-        if self.subspaces.mode is not None:  # those of an earlier run's file, of which only the bases matter
-            self._mode = self._mode or self.subspaces.mode
-        mode = self._mode or ("packed" if self.subspaces.task_bases else "plain")
-        self.subspaces = initialize(inner, self.subspaces, mode, adapter_name=adapter, seed=self._seed)
+            subspaces = calibrate(inner, None, safety, task, **{**options, **self._calibration})
+        if subspaces.mode is not None:  # those of an earlier run's file, of which only the bases matter
+            self._mode = self._mode or subspaces.mode
+        mode = self._mode or ("packed" if subspaces.task_bases else "plain")
+        return initialize(inner, subspaces, mode, adapter_name=adapter, seed=self._seed)

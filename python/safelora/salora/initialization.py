@@ -152,12 +152,14 @@ def restore(peft_model: Any, subspaces: Subspaces, *, adapter_name: str | None =
 def pack_residual(model: Any, adapter: str) -> Subspaces:
     """Turn a trained "residual" adapter into the "packed" one of the same update, and W' into W again, in place.
 
-    W is restored up to one rounding. Returns the subspaces, attached with mode "packed".
+    W is restored up to one rounding. Returns the subspaces, attached with mode "packed". Raises SafeLoraError for an
+    adapter of another mode.
     """
     import torch
 
-    subspaces = attached(model, adapter)
-    assert subspaces is not None and subspaces.mode == "residual"
+    subspaces = subspaces_of(model, adapter)
+    if subspaces.mode != "residual":
+        raise SafeLoraError(f"adapter {adapter!r} was initialised with mode {subspaces.mode!r}, not 'residual'.")
     found = adapter_layers(model, subspaces, adapter)
     _check_whole(found)
     factors = {}

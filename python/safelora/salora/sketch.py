@@ -25,6 +25,8 @@ class Sketch:
     """
 
     def __init__(self, name: str, rank: int, oversample: int, seed: int, exact: bool) -> None:
+        import torch
+
         self.name = name
         self.rank = rank
         self.columns = rank + oversample
@@ -32,7 +34,7 @@ class Sketch:
         self.exact = exact
         self.omega: torch.Tensor | None = None
         self.product: torch.Tensor | None = None
-        self.energy: torch.Tensor | None = None
+        self.energy = torch.zeros((), dtype=torch.float64)
         self.rows = 0
 
     @property
@@ -43,8 +45,7 @@ class Sketch:
         """Rows of Z, t × d, in any dtype, with `bias` still in them."""
         import torch
 
-        self._begin(rows.shape[-1], rows.device)
-        assert self.product is not None and self.energy is not None
+        product = self._begin(rows.shape[-1], rows.device)
         if not len(rows):
             return
         z = rows
@@ -52,9 +53,9 @@ class Sketch:
             wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
             z = rows.to(wide) - bias.to(wide)
         if self.omega is None:
-            self.product += sk.gram(z, out_dtype=torch.float64)
+            product += sk.gram(z, out_dtype=torch.float64)
         else:
-            self.product += sk.gram_apply(z, self.omega.to(torch.promote_types(z.dtype, torch.float32)))
+            product += sk.gram_apply(z, self.omega.to(torch.promote_types(z.dtype, torch.float32)))
         self.energy += z.double().square().sum()
         self.rows += len(rows)
 
@@ -80,44 +81,45 @@ class Sketch:
         widths = [width for width in ranks.gather(None if self.product is None else self.product.shape[0]) if width]
         if not widths:
             return
-        self._begin(widths[0], "cpu")
-        assert self.product is not None and self.energy is not None
-        parts = ranks.gather((self.product.cpu(), self.energy.cpu(), self.rows))
-        self.product = torch.stack([part[0] for part in parts]).sum(0).to(self.product.device)
+        product = self._begin(widths[0], "cpu")
+        parts = ranks.gather((product.cpu(), self.energy.cpu(), self.rows))
+        self.product = torch.stack([part[0] for part in parts]).sum(0).to(product.device)
         self.energy = torch.stack([part[1] for part in parts]).sum().to(self.energy.device)
         self.rows = sum(part[2] for part in parts)
 
-    def _begin(self, width: int, device: Any) -> None:
+    def _begin(self, width: int, device: Any) -> torch.Tensor:
+        """The sum so far of Y (or ZᵀZ), zero on the first call, which draws Ω."""
         import torch
 
         if self.product is not None:
             if self.product.shape[0] != width:
                 raise SafeLoraError(f"{self.name} gives {width} outputs, and gave {self.product.shape[0]} before.")
-            return
+            return self.product
         q = min(self.columns, width)
         if self.omega is None and not self.exact and q < width:
             generator = torch.Generator().manual_seed(self.seed)
             gaussian = torch.randn(width, q, generator=generator, dtype=torch.float64)
             self.omega = torch.linalg.qr(gaussian)[0].to(device)
         self.product = torch.zeros(width, width if self.omega is None else q, dtype=torch.float64, device=device)
-        self.energy = torch.zeros((), dtype=torch.float64, device=device)
+        self.energy = self.energy.to(device)
+        return self.product
 
     def _restart(self) -> None:
         if self.product is not None:
             self.product.zero_()
-        if self.energy is not None:
-            self.energy.zero_()
+        self.energy.zero_()
         self.rows = 0
 
 
 def leading_subspace(sketch: Sketch, rcond: float) -> tuple[torch.Tensor, dict[str, Any]]:
     """The orthonormal fp32 d × k basis of a sketch's leading directions, and what it captures.
 
-    k is the rank asked for, less where σ falls below rcond·σ₁. Raises SafeLoraError for NaN or Z = 0.
+    k is the rank asked for, less where σ falls below rcond·σ₁. Raises SafeLoraError for NaN, Z = 0 or no Z at all.
     """
     import torch
 
-    assert sketch.product is not None and sketch.energy is not None
+    if sketch.product is None:
+        raise SafeLoraError(f"{sketch.name} is never called in a forward pass: there is no subspace.")
     energy = float(sketch.energy)
     if not torch.isfinite(sketch.product).all() or energy != energy:
         raise SafeLoraError(f"the activations of {sketch.name} hold NaN or Inf; the model or its dtype is at fault.")

@@ -131,7 +131,8 @@ class Subspaces:
             "skipped": self.skipped,
             "provenance": self.provenance,
         }
-        data = save(self._tensors(), {"format": "pt", METADATA_KEY: json.dumps(content, sort_keys=True)})
+        # safetensors writes several entries of metadata in any order.
+        data = save(self._tensors(), {METADATA_KEY: json.dumps(content, sort_keys=True)})
         partial = place.with_name(f".{place.name}.{os.getpid()}")
         try:
             partial.write_bytes(data)

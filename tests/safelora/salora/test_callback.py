@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from safelora import SafeLoraError
-from safelora.salora import SaLoraCallback, Subspaces, export_checkpoint, subspaces_of
+from safelora.salora import SaLoraCallback, Subspaces, export_checkpoint, initialize, subspaces_of
 from tests.safelora.salora.models import MODES, SAFETY, TASK, logits, model, subspaces
 from tests.safelora.test_callback import Tokens
 
@@ -110,6 +110,15 @@ def test_the_best_model_is_inside_too(base, found, tmp_path):
     run.train()
     run.save_model()
     assert leak(load_file(tmp_path / WEIGHTS), found) <= 1e-5
+
+
+def test_an_adapter_initialised_by_hand_is_taken_as_it_is(base, found, tmp_path):
+    """Also by a callback that is added later and holds data, which has nothing to calibrate any more."""
+    run = trainer(base, tmp_path, TrainerCallback(), max_steps=2)
+    given = initialize(run.model, found, "plain")
+    run.add_callback(callback := SaLoraCallback(safety_data=SAFETY))
+    run.train()
+    assert callback.subspaces is given and callback.report.leak <= 1e-5
 
 
 def test_resuming_with_other_subspaces_is_refused(base, found, tmp_path):
