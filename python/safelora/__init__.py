@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .push import Push as Push
     from .push import push_to_hub as push_to_hub
     from .report import ModuleReport as ModuleReport
+    from .report import Report as Report
     from .report import SafeLoraReport as SafeLoraReport
     from .serving import ServingNote as ServingNote
     from .serving import serving_notes as serving_notes
@@ -50,6 +51,7 @@ _HOMES = {
     "LiveReport": "live",
     "ModuleReport": "report",
     "Push": "push",
+    "Report": "report",
     "SafeLoraCallback": "callback",
     "SafeLoraError": "errors",
     "SafeLoraReport": "report",
@@ -81,6 +83,7 @@ __all__ = [
     "LiveReport",
     "ModuleReport",
     "Push",
+    "Report",
     "SafeLoraCallback",
     "SafeLoraError",
     "SafeLoraReport",

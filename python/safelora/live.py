@@ -15,8 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from .adapter import PROJECTED, REPORT_FILE, LoraModule, Mark, tensor_bytes
-from .card import mark_card
+from .adapter import PROJECTED, Mark, tensor_bytes
 from .checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from .decision import check_options, decide
 from .distributed import Kept, Ranks, modules_of, process_group, share
@@ -80,17 +79,6 @@ class LiveReport(SafeLoraReport):
             id(change.parameter): torch.nn.Parameter(change.original.clone(), change.parameter.requires_grad)
             for change in (self._changes.made if self._changes is not None else ())
         }
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write .json, .html or .png by suffix; into an adapter directory that PEFT has saved, the report and the
-        mark in its model card, by which it is known as projected."""
-        place = Path(path)
-        if not place.is_dir():
-            super().save(place)
-            return
-        self.save_json(place / REPORT_FILE)
-        if self.projected and not self.dry_run:
-            mark_card(place / "README.md", self)
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
         """The per-layer picture as a matplotlib figure, also written to `path` where it is given."""
@@ -522,7 +510,7 @@ class _Job:
         for entry in self.plan:
             if entry.skipped or entry.base is None:
                 continue
-            weight = weight_of(self.layers[_output_key(entry)])
+            weight = weight_of(self.layers[entry.module.output.name])
             if weight is None:
                 continue
             if weight.dtype.is_floating_point and weight.element_size() * 8 < DTYPE_BITS[entry.base.info.dtype]:
@@ -550,7 +538,7 @@ class _Job:
         methods = set()
         for entry in self.plan:
             if entry.module.name in norms:
-                method = quantisation(self.layers[_output_key(entry)])
+                method = quantisation(self.layers[entry.module.output.name])
                 methods.add(method or "")
                 v_norm = measured[entry.module.name].v_norm
                 if method in QUANTISATION_ERROR and v_norm:
@@ -563,8 +551,3 @@ class _Job:
                 "over modules), and that part of each projection and cosine is noise. "
             )
         return [text + "Give `aligned`, the unquantised checkpoint, for a reliable result."]
-
-
-def _output_key(entry: PlannedModule) -> str:
-    assert isinstance(entry.module, LoraModule)
-    return entry.module.lora_B.name

@@ -9,7 +9,7 @@ from html import escape
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from .report import COSINE_ERROR
+from .report import COSINE_ERROR, number
 
 if TYPE_CHECKING:
     from .report import ModuleReport, Report, SafeLoraReport
@@ -234,7 +234,7 @@ def _dot(px: float, py: float, module: Any, colour: str, numbers: Callable[[Any]
 
 
 def _numbers(module: ModuleReport) -> str:
-    return f"cosine {_number(module.cosine, '.5f')}, ‖CB‖/‖B‖ {_number(module.shrinkage, '.3e')}"
+    return f"cosine {number(module.cosine, '.5f')}, ‖CB‖/‖B‖ {number(module.shrinkage, '.3e')}"
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -293,16 +293,12 @@ def _row(module: ModuleReport) -> str:
     numbers = zip(
         (module.cosine, module.margin, module.shrinkage, module.v_norm), (".5f", "+.5f", ".3e", ".4g"), strict=True
     )
-    cells = "".join(f"<td>{_number(value, spec)}</td>" for value, spec in numbers)
+    cells = "".join(f"<td>{number(value, spec)}</td>" for value, spec in numbers)
     why = module.reason or ("within the numerical error of the cut" if module.near_threshold else "")
     return (
         f'<tr class="{escape(module.decision)}"><td class="name">{escape(module.name)}</td><td>{module.rank}</td>'
         f'{cells}<td>{escape(module.decision)}</td><td class="why">{escape(why)}</td></tr>'
     )
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "–" if value is None else format(value, spec)
 
 
 def _skips(report: Any) -> str:

@@ -6,17 +6,21 @@ import dataclasses
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .adapter import PROJECTED, Mark, natural_key
+from .card import mark_card
+from .checkpoint import read_json
 from .errors import SafeLoraError
 
 if TYPE_CHECKING:
     import rich.table
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 SUFFIXES = (".json", ".html", ".png")
 COSINE_ERROR = 1e-5
@@ -55,49 +59,85 @@ class ModuleReport:
     reason: str | None = None
 
 
-class Report:
+@dataclass(frozen=True)
+class Report(ABC):
     """What the reports of all methods have in common: files, and the layers as rows and columns."""
 
     mark: ClassVar[Mark]
     modules: list[Any]
-    dry_run: bool
-    warnings: list[str]
+    options: dict[str, Any]
+    inputs: dict[str, Any]
+    versions: dict[str, str]
+    output: str | None = None
+    dry_run: bool = False
+    passed_through: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def changed(self) -> list[Any]:
         """The modules that were changed (would be, in a dry run)."""
-        raise NotImplementedError
+        return [module for module in self.modules if module.decision == self.mark.done]
 
+    @abstractmethod
     def card(self) -> tuple[dict[str, Any], str, str]:
         """What the model card gets: values for its front matter, and heading and text of a section."""
-        raise NotImplementedError
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self) -> str:
         """One or two sentences for a person."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self) -> rich.table.Table:
         """A rich table with one row per module."""
-        raise NotImplementedError
 
+    @abstractmethod
     def page(self) -> str:
         """The report as one self-contained HTML page."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plot(self) -> Figure:
         """The per-layer picture as a matplotlib figure. Raises RuntimeError when matplotlib is not installed."""
-        raise NotImplementedError
+
+    @staticmethod
+    @abstractmethod
+    def _module(entry: dict[str, Any]) -> Any:
+        """The module that an entry of the JSON file stands for."""
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a report written by :meth:`save` or beside an output (a file, or the directory that holds it).
+
+        Raises SafeLoraError when the file is not such a report.
+        """
+        place = Path(path)
+        what = f"the report of {cls.mark.doing.lower()}"
+        content, _ = read_json(place / cls.mark.report if place.is_dir() else place, what)
+        names = {item.name for item in dataclasses.fields(cls)}
+        try:
+            content["modules"] = [cls._module(entry) for entry in content["modules"]]
+            return cls(**{key: value for key, value in content.items() if key in names})
+        except (KeyError, TypeError) as error:
+            raise SafeLoraError(f"{place} is not {what}: {error}.") from error
 
     def to_json(self) -> str:
         """The report as indented JSON (strict: no NaN)."""
         return json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write .json, .html or .png, by the suffix of `path`. Raises SafeLoraError for any other suffix."""
+        """Write .json, .html or .png by suffix; into an adapter directory that PEFT has saved, the report and the
+        mark in its model card, by which it is known as changed.
+
+        Raises SafeLoraError for any other suffix.
+        """
+        if Path(path).is_dir():
+            self.save_json(Path(path) / self.mark.report)
+            if self.changed and not self.dry_run:
+                mark_card(Path(path) / "README.md", self)
+            return
         writers = {".json": self.save_json, ".html": self.save_html, ".png": self.save_png}
         suffix = Path(path).suffix.lower()
         if suffix not in writers:
@@ -185,24 +225,13 @@ class SafeLoraReport(Report):
 
     mark = PROJECTED
     modules: list[ModuleReport]
-    options: dict[str, Any]
-    inputs: dict[str, Any]
-    versions: dict[str, str]
-    output: str | None = None
-    dry_run: bool = False
     pdst: float | None = None
-    passed_through: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     serving: list[str] = field(default_factory=list)
 
     @property
     def projected(self) -> list[ModuleReport]:
         """The modules whose lora_B was replaced (would be, in a dry run)."""
-        return [module for module in self.modules if module.decision == "projected"]
-
-    @property
-    def changed(self) -> list[ModuleReport]:
-        return self.projected
+        return self.changed
 
     @property
     def near_threshold(self) -> list[ModuleReport]:
@@ -249,23 +278,9 @@ class SafeLoraReport(Report):
         content = dataclasses.asdict(self)
         return {"format": "safelora-report/1", "num_projected": len(self.projected), **content}
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SafeLoraReport:
-        """Read a report written by :meth:`save` or by a projection (a file, or the adapter directory).
-
-        Raises SafeLoraError when the file is not such a report.
-        """
-        from .adapter import REPORT_FILE
-        from .checkpoint import read_json
-
-        place = Path(path)
-        content, _ = read_json(place / REPORT_FILE if place.is_dir() else place, "the projection report")
-        try:
-            modules = [ModuleReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in content.pop("modules")]
-            names = {item.name for item in dataclasses.fields(cls)}
-            return cls(modules=modules, **{key: value for key, value in content.items() if key in names})
-        except (KeyError, TypeError) as error:
-            raise SafeLoraError(f"{place} is not a Safe LoRA report: {error}.") from error
+    @staticmethod
+    def _module(entry: dict[str, Any]) -> ModuleReport:
+        return ModuleReport(**{**entry, "shape": tuple(entry["shape"])})
 
     def table(self) -> rich.table.Table:
         """A rich table with one row per module."""
@@ -280,8 +295,8 @@ class SafeLoraReport(Report):
         for module in self.modules:
             note = module.reason or ("within the numerical error of the cut" if module.near_threshold else "")
             table.add_row(
-                module.name, str(module.rank), _number(module.cosine, ".5f"), _number(module.margin, "+.5f"),
-                _number(module.shrinkage, ".3e"), _number(module.v_norm, ".4g"),
+                module.name, str(module.rank), number(module.cosine, ".5f"), number(module.margin, "+.5f"),
+                number(module.shrinkage, ".3e"), number(module.v_norm, ".4g"),
                 module.decision + (f" ({note})" if note else ""),
                 style="bold" if module.decision == "projected" else None,
             )  # fmt: skip
@@ -299,5 +314,6 @@ class SafeLoraReport(Report):
         )
 
 
-def _number(value: float | None, spec: str) -> str:
+def number(value: float | None, spec: str) -> str:
+    """`value` in a format, a dash for None."""
     return "–" if value is None else format(value, spec)

@@ -19,13 +19,14 @@ _FOLDS = 4
 class Batch:
     """Right- or left-padded examples on the CPU.
 
+    labels: −100 outside the responses, and throughout where the data has none.
     keep: (batch, tokens), the tokens that enter the moments. fold: (batch,), the examples that separability is
     measured on, by a hash of their tokens, so that neither order nor batching matters.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    labels: torch.Tensor | None
+    labels: torch.Tensor
     keep: torch.Tensor
     fold: torch.Tensor
 
@@ -160,7 +161,7 @@ def _set(name: str, batches: list[dict[str, Any]], prefixes: dict[int, Any], res
     made, dropped, digests, labelled = [], 0, [], 0
     for batch in batches:
         ids, mask = batch["input_ids"].cpu(), _mask(batch)
-        labels = batch["labels"].cpu() if "labels" in batch else None
+        labels = batch["labels"].cpu() if "labels" in batch else torch.full_like(ids, -100)
         keep = mask.clone()
         fold = torch.zeros(len(ids), dtype=torch.bool)
         for row in range(len(ids)):
@@ -175,11 +176,10 @@ def _set(name: str, batches: list[dict[str, Any]], prefixes: dict[int, Any], res
             dropped += shared
             content = sequence.numpy().astype("<i8").tobytes()
             fold[row] = zlib.crc32(content) % _FOLDS == 0
-            if labels is not None:
+            if "labels" in batch:
                 content += labels[row][mask[row]].numpy().astype("<i8").tobytes()
             digests.append(hashlib.sha256(content).digest())
-        if labels is not None:
-            labelled += int((labels[:, 1:] != -100).sum())
+        labelled += int((labels[:, 1:] != -100).sum())
         made.append(Batch(ids, mask.long(), labels, keep, fold))
     tokens = sum(int(batch.keep.sum()) for batch in made)
     if not tokens:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Mark
-from ..card import mark_card
 from ..errors import SafeLoraError
-from ..report import Report, _number
+from ..report import Report, number
 
 if TYPE_CHECKING:
     import rich.table
@@ -71,15 +68,8 @@ class FilterReport(Report):
 
     mark = FILTERED
     modules: list[FilteredModule]
-    options: dict[str, Any]
-    inputs: dict[str, Any]
-    versions: dict[str, str]
     separability: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    output: str | None = None
-    dry_run: bool = False
-    passed_through: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
     changes: dataclasses.InitVar[_Changes | None] = None
 
     def __post_init__(self, changes: _Changes | None) -> None:
@@ -88,11 +78,7 @@ class FilterReport(Report):
     @property
     def filtered(self) -> list[FilteredModule]:
         """The modules whose lora_A was replaced (would be, in a dry run)."""
-        return [module for module in self.modules if module.decision == "filtered"]
-
-    @property
-    def changed(self) -> list[FilteredModule]:
-        return self.filtered
+        return self.changed
 
     def undo(self, *, force: bool = False) -> None:
         """Give every changed lora_A of a model in memory its former bits again; nothing happens a second time.
@@ -147,36 +133,10 @@ class FilterReport(Report):
         content["modules"] = [dataclasses.asdict(module) for module in self.modules]
         return {"format": "safelora-filter/1", "num_filtered": len(self.filtered), **content}
 
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FilterReport:
-        """Read a report written by :meth:`save` or by a filter (a file, or the adapter directory).
-
-        Raises SafeLoraError when the file is not such a report.
-        """
-        from ..checkpoint import read_json
-
-        place = Path(path)
-        content, _ = read_json(place / REPORT_FILE if place.is_dir() else place, "the report of the input filter")
-        try:
-            modules = []
-            for entry in content.pop("modules"):
-                tuples = {key: tuple(entry[key]) for key in ("shape", "gammas", "held_out") if entry[key] is not None}
-                modules.append(FilteredModule(**{**entry, **tuples}))
-            names = {item.name for item in dataclasses.fields(cls)}
-            return cls(modules=modules, **{key: value for key, value in content.items() if key in names})
-        except (KeyError, TypeError) as error:
-            raise SafeLoraError(f"{place} is not a report of the input filter: {error}.") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write .json, .html or .png by suffix; into an adapter directory that PEFT has saved, the report and the
-        mark in its model card, by which it is known as filtered."""
-        place = Path(path)
-        if not place.is_dir():
-            super().save(place)
-            return
-        self.save_json(place / REPORT_FILE)
-        if self.filtered and not self.dry_run:
-            mark_card(place / "README.md", self)
+    @staticmethod
+    def _module(entry: dict[str, Any]) -> FilteredModule:
+        tuples = {key: tuple(entry[key]) for key in ("shape", "gammas", "held_out") if entry[key] is not None}
+        return FilteredModule(**{**entry, **tuples})
 
     def table(self) -> rich.table.Table:
         """A rich table with one row per module."""
@@ -219,10 +179,10 @@ def cells(module: FilteredModule) -> list[str]:
     """The numbers of a module in the order of the columns."""
     how = "–" if module.solver is None else module.solver + (f", {module.iterations}" if module.iterations else "")
     return [
-        _number(module.norm_ratio, ".3f"),
-        _number(module.safety_kept, ".3f"),
-        _number(module.task_kept, ".3f"),
-        _number(module.task_change, ".3f"),
-        _number(module.gammas[1] if module.gammas else None, ".3g"),
+        number(module.norm_ratio, ".3f"),
+        number(module.safety_kept, ".3f"),
+        number(module.task_kept, ".3f"),
+        number(module.task_change, ".3f"),
+        number(module.gammas[1] if module.gammas else None, ".3g"),
         how,
     ]
