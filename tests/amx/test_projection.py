@@ -58,7 +58,8 @@ __all__ = [
     "threads",
 ]
 
-pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+_REASON = missing() or ("" if cpu.STATUS[0] else cpu.STATUS[1])
+pytestmark = pytest.mark.skipif(bool(_REASON), reason=_REASON)
 
 
 @pytest.fixture(scope="module")

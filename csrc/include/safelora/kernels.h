@@ -71,7 +71,7 @@ struct ProjectLayer {
 enum class Normalize : std::uint8_t { frobenius, none };
 
 // Safe LoRA (arXiv 2405.16833): B' = V(VᵀB)/‖V‖_F with V = aligned − base, for all layers. Several
-// adapters over one pair share its reads: one per weight, two on AMX.
+// adapters over one pair share its reads: one per weight, two on AVX-512 and AMX.
 SAFELORA_API void project_layers(const std::vector<ProjectLayer>& layers, Normalize normalize, const Threads& threads);
 
 // cosines[i] = ⟨B'A, BA⟩ / (‖B'A‖·‖BA‖) from rank×rank Gram matrices; 0 for a zero update.
