@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .checkpoint import FLOAT_DTYPES, Header, TensorInfo, locate, read_header, read_json
+from .checkpoint import FLOAT_DTYPES, Header, TensorInfo, check_name, locate, read_header, read_json
 from .errors import SafeLoraError
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Adapter:
         its like), or when it bears `mark`, has been projected before, and `allow_projected` is false: C is not
         idempotent, so a second projection shrinks the update once more.
         """
-        root = locate(source, revision, local_files_only, [CONFIG_FILE, WEIGHTS_FILE, mark.report, *COMPANIONS])
+        root = locate(source, revision, local_files_only, [CONFIG_FILE, "adapter_model.*", mark.report, *COMPANIONS])
         config_path = root / CONFIG_FILE
         if not config_path.exists():
             raise SafeLoraError(f"{root} is not a PEFT adapter: it has no {CONFIG_FILE}. {_nested_hint(root)}".strip())
@@ -201,7 +201,7 @@ class Adapter:
     def base_model(self) -> str | None:
         """`base_model_name_or_path`: the (aligned) model the adapter was trained on."""
         name = self.config.get("base_model_name_or_path")
-        return name if isinstance(name, str) and name else None
+        return name if isinstance(name, str) and name and name.isprintable() else None
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor of the adapter, in its stored dtype and shape."""
@@ -286,6 +286,8 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in loaded.items()
     ):
         raise SafeLoraError(f"{path} is not a state dict (tensor name -> tensor).")
+    for name in loaded:
+        check_name(path, name)
     unusual = [name for name, tensor in loaded.items() if tensor.layout is not torch.strided or tensor.is_quantized]
     if unusual:
         raise SafeLoraError(f"{path}: {unusual[0]} is not a dense tensor.")

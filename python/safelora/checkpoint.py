@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from .errors import SafeLoraError
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
+MAX_NAME_LENGTH = 1000
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -135,7 +137,8 @@ class Checkpoint:
 
         Raises SafeLoraError for anything missing, truncated or inconsistent, naming the file.
         """
-        root = locate(source, revision, local_files_only, ["*.safetensors", INDEX_FILE, "config.json"])
+        patterns = ["*.safetensors", INDEX_FILE, "config.json"]
+        root = locate(source, revision, local_files_only, patterns, ["*/*", *(f"{stem}*" for stem in _NOT_WEIGHTS)])
         if root.is_file():
             headers, names, index_sha256 = [read_header(root)], None, None
             root = root.parent
@@ -159,6 +162,11 @@ class Checkpoint:
         config = read_json(config_path, "the model configuration")[0] if config_path.exists() else {}
         return cls(os.fspath(source), root, tensors, config, headers, index_sha256, _commit_of(root))
 
+    def same_files(self, other: Checkpoint) -> bool:
+        """Whether both are the same files, by whatever path they were given."""
+        mine, others = ({header.path.resolve() for header in model.headers} for model in (self, other))
+        return mine == others
+
     def fingerprint(self) -> dict[str, Any]:
         """What identifies the weights without reading them: header and index hashes, file sizes, cache commit."""
         files = {
@@ -173,8 +181,16 @@ class Checkpoint:
         }
 
 
-def locate(source: str | os.PathLike[str], revision: str | None, local_files_only: bool, patterns: list[str]) -> Path:
+def locate(
+    source: str | os.PathLike[str],
+    revision: str | None,
+    local_files_only: bool,
+    patterns: list[str],
+    ignored: Sequence[str] = (),
+) -> Path:
     """The local path of `source`: itself when it exists, else the cache snapshot of the repository of that name.
+
+    Of a repository, the files that match `patterns` and none of `ignored` are fetched.
 
     Raises SafeLoraError when it is neither, or when the repository cannot be found or fetched.
     """
@@ -195,7 +211,13 @@ def locate(source: str | os.PathLike[str], revision: str | None, local_files_onl
         ) from error
     try:
         return Path(
-            snapshot_download(text, revision=revision, local_files_only=local_files_only, allow_patterns=patterns)
+            snapshot_download(
+                text,
+                revision=revision,
+                local_files_only=local_files_only,
+                allow_patterns=patterns,
+                ignore_patterns=list(ignored),
+            )
         )
     except (OSError, ValueError) as error:
         where = "in the local Hugging Face cache" if local_files_only else "locally or on the Hugging Face hub"
@@ -216,6 +238,7 @@ def _open_directory(root: Path) -> tuple[list[Header], dict[str, str] | None, st
         if not isinstance(names, dict) or not names:
             raise SafeLoraError(f"{index_path} has no weight_map (tensor name -> file name).")
         for name, shard in names.items():
+            check_name(index_path, name)
             if not isinstance(shard, str) or not _SHARD_NAME.fullmatch(shard):
                 raise SafeLoraError(
                     f"{index_path} places tensor {name} in {shard!r}, which is not the plain name of a .safetensors "
@@ -226,7 +249,7 @@ def _open_directory(root: Path) -> tuple[list[Header], dict[str, str] | None, st
             if not (root / shard).exists():
                 raise SafeLoraError(
                     f"{index_path} names the shard {shard}, which is not there: the checkpoint is incomplete. "
-                    "Download it again (huggingface-cli download, without local_files_only)."
+                    "Download it again (hf download, without local_files_only)."
                 )
             headers.append(read_header(root / shard))
         return headers, names, hashlib.sha256(raw).hexdigest()
@@ -279,7 +302,20 @@ def _parse_object(raw: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def check_name(path: Path, name: str) -> None:
+    """Refuse a tensor name that cannot be shown as it is: terminals obey control characters.
+
+    Raises SafeLoraError.
+    """
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise SafeLoraError(
+            f"{path} holds a tensor named {name[:40]!a}…, {len(name)} characters long; expected printable names "
+            f"of at most {MAX_NAME_LENGTH}. Such a file is refused."
+        )
+
+
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    check_name(path, name)
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             pass
@@ -295,8 +331,9 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
             raise SafeLoraError(f"{path}: tensor {name} has the impossible dimension {str(size)[:40]}.")
         bits *= size
     if not 0 <= begin <= end or bits != 8 * (end - begin):
+        needed = f"{bits / 8:g}" if bits < 2**66 else "more than 2**63"
         raise SafeLoraError(
-            f"{path}: tensor {name} ({dtype}, shape {shape}) needs {bits / 8:g} bytes, but its data_offsets are "
+            f"{path}: tensor {name} ({dtype}, shape {shape}) needs {needed} bytes, but its data_offsets are "
             f"[{begin}, {end}]."
         )
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, data_start + end)

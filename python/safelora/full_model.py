@@ -110,7 +110,7 @@ def project_model(
     roots = [checkpoint.root.resolve() for checkpoint in (tuned, base_model, aligned_model)]
     for first, second in ((0, 2), (1, 2), (0, 1)):
         pair = [(tuned, base_model, aligned_model)[index] for index in (first, second)]
-        if roots[first] == roots[second] and pair[0].tensors == pair[1].tensors:
+        if pair[0].same_files(pair[1]):
             names = ("the fine-tuned model", "base", "aligned")
             raise SafeLoraError(f"{names[first]} and {names[second]} are the same checkpoint ({roots[first]}).")
     if is_fp8(tuned):

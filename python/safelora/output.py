@@ -144,7 +144,11 @@ class StagedDirectory:
         if self.out.exists() and os.listdir(self.out):
             old = self.out.parent / f"{self._prefix}old-{os.urandom(4).hex()}"
             os.rename(self.out, old)
-            os.rename(self.path, self.out)
+            try:
+                os.rename(self.path, self.out)
+            except BaseException:
+                os.rename(old, self.out)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(self.path, self.out)

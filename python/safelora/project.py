@@ -100,8 +100,11 @@ def project_adapter(
         revision_aligned = revision_aligned or (recorded if isinstance(recorded, str) else None)
     base_model = Checkpoint.open(base, revision=revision_base, local_files_only=local_files_only)
     aligned_model = Checkpoint.open(aligned, revision=revision_aligned, local_files_only=local_files_only)
-    if base_model.root.resolve() == aligned_model.root.resolve() and base_model.tensors == aligned_model.tensors:
-        raise SafeLoraError(f"base and aligned are the same checkpoint ({base_model.root}): V = 0 everywhere.")
+    if base_model.same_files(aligned_model):
+        raise SafeLoraError(
+            f"base and aligned are the same checkpoint ({base_model.root}): V = 0 everywhere. Give the model before "
+            "alignment as base, the aligned one as aligned."
+        )
     plan = plan_modules(source, base_model, aligned_model)
     if split_fused:
         plan = fused.split_fused(plan, aligned_model)

@@ -159,6 +159,9 @@ HEADERS = {
     "fractional dimension": ({"w": {**ENTRY, "shape": [2.0, 2]}}, "impossible dimension"),
     "huge dimension": ({"w": {**ENTRY, "shape": [2**63, 2]}}, "impossible dimension"),
     "overflowing product": ({"w": {**ENTRY, "shape": [2**62, 2**62, 2]}}, "needs"),
+    "product beyond any number": ({"w": {**ENTRY, "shape": [2**62] * 64}}, "needs more than"),
+    "name with terminal codes": ({"w\x1b[2J": ENTRY}, "expected printable names"),
+    "endless name": ({"w" * 5000: ENTRY}, "5000 characters long"),
     "too many dimensions": ({"w": {**ENTRY, "shape": [1] * 100}}, "dimensions"),
     "size and shape disagree": ({"w": {**ENTRY, "shape": [2, 3]}}, "needs 24 bytes"),
     "negative offset": ({"w": {**ENTRY, "data_offsets": [-16, 0]}}, "data_offsets"),
@@ -260,8 +263,12 @@ def test_quantised_tensors(inputs, tmp_path, dtype):
 
 
 @pytest.mark.usefixtures("no_reading")
-def test_base_given_as_aligned(inputs):
-    inputs.aligned = inputs.base / "."
+@pytest.mark.parametrize("path", ["itself", "relative", "link"])
+def test_base_given_as_aligned(inputs, monkeypatch, path):
+    """By whatever path, before a weight is read."""
+    monkeypatch.chdir(inputs.base.parent)
+    (inputs.base.parent / "link").symlink_to(inputs.base)
+    inputs.aligned = {"itself": inputs.base, "relative": Path(inputs.base.name), "link": Path("link")}[path]
     refused(inputs, "same checkpoint")
 
 
@@ -392,7 +399,7 @@ class Payload:
 
 
 @pytest.mark.usefixtures("no_reading")
-@pytest.mark.parametrize("content", ["code", "garbage", "list", "sparse", "nested"])
+@pytest.mark.parametrize("content", ["code", "garbage", "list", "sparse", "nested", "terminal codes"])
 def test_bin_files_are_read_as_plain_tensors_only(inputs, tmp_path, content):
     root = write_adapter(tmp_path / "pickled", factors(llama_modules()), pickled=True)
     path = root / "adapter_model.bin"
@@ -405,11 +412,12 @@ def test_bin_files_are_read_as_plain_tensors_only(inputs, tmp_path, content):
                 "list": [torch.ones(2)],
                 "sparse": {"w": torch.eye(3).to_sparse()},
                 "nested": {"state": {"w": torch.ones(2)}},
+                "terminal codes": {"w\x1b[2J": torch.ones(2)},
             }[content],
             path,
         )
     inputs.adapter = root
-    refused(inputs, "plain tensors|state dict|dense tensor", "adapter_model.bin")
+    refused(inputs, "plain tensors|state dict|dense tensor|printable names", "adapter_model.bin")
     assert not (tmp_path / "ran").exists()
 
 
@@ -473,6 +481,22 @@ def test_overwrite_replaces_an_earlier_output(inputs):
     for name, tensor in read_output(inputs.out).items():
         assert torch.equal(tensor, given[name])
     assert sorted(path.name for path in inputs.out.parent.iterdir()) == ["adapter", "aligned", "base", "out"]
+
+
+def test_an_earlier_output_survives_a_failing_replacement(inputs, monkeypatch):
+    project_adapter(inputs.adapter, inputs.base, inputs.aligned, inputs.out, threshold=1)
+    before = snapshot(inputs.out.parent)
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if target == inputs.out and not source.name.startswith(".out.safelora-old"):
+            raise OSError(5, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="Input/output error"):
+        project_adapter(inputs.adapter, inputs.base, inputs.aligned, inputs.out, threshold=0, overwrite=True)
+    assert snapshot(inputs.out.parent) == before
 
 
 @pytest.mark.parametrize("writes", range(10))

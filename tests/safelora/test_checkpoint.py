@@ -51,6 +51,36 @@ def test_revision_of_the_adapter_is_the_aligned_models(tmp_path, cache):
         project_adapter(adapter, "org/base", threshold=1, dry_run=True, local_files_only=True)
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_what_is_fetched(tmp_path, monkeypatch, local):
+    """Of a repository: pickled adapters too, no weights twice (in sub-directories, or consolidated)."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    write_adapter(tmp_path / "org/adapter", factors(llama_modules()), pickled=True)
+    held = write_checkpoint(tmp_path / "org/model", llama_tensors())
+    for name in ("consolidated.safetensors", "onnx/model.safetensors", "pytorch_model.bin"):
+        (held / name).parent.mkdir(exist_ok=True)
+        (held / name).write_bytes(b"large")
+    asked = []
+
+    def snapshot_download(repository, *, revision, local_files_only, allow_patterns, ignore_patterns):
+        asked.append((repository, revision, local_files_only))
+        stored, place = tmp_path / repository, tmp_path / f"snapshot{len(asked)}"
+        files = (str(path.relative_to(stored)) for path in stored.rglob("*") if path.is_file())
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes((stored / name).read_bytes())
+        return str(place)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    adapter = Adapter.open("org/adapter", revision="v2", local_files_only=local)
+    assert len(adapter.modules) == 4
+    model = Checkpoint.open("org/model", local_files_only=local)
+    files = sorted(str(path.relative_to(model.root)) for path in model.root.rglob("*"))
+    assert files == ["config.json", "model.safetensors"]
+    assert asked == [("org/adapter", "v2", local), ("org/model", None, local)]
+
+
 @pytest.mark.parametrize("name", ["org/absent", "absent", "org/chat"])
 def test_absent_and_incomplete_repositories(cache, name):
     snapshot = cache / "models--org--chat" / "snapshots" / COMMIT

@@ -39,9 +39,8 @@ def inputs(tmp_path: Path) -> SimpleNamespace:
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join((str(ROOT), str(ROOT / "python")))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=120)
 
 
 def test_project_writes_and_says_so(inputs, capsys):
@@ -147,6 +146,21 @@ def test_bad_usage(inputs, capsys, change, status, message):
     assert message in printed.err
     assert "Traceback" not in printed.err
     assert not Path(inputs.out).exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_terminals_that_cannot_show_every_letter(inputs, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    for command in (["project", inputs.adapter, "--threshold", "1", "--dry-run"], ["inspect", inputs.adapter]):
+        done = python("-m", "safelora", *command, "--base", inputs.base)
+        assert done.returncode == 0, done.stderr
+        assert "model.layers.1.self_attn.v_proj" in done.stdout
+
+
+def test_nothing_in_an_error_reaches_the_terminal_as_a_command(inputs, capsys):
+    assert main(["project", inputs.adapter, "--base", "./\x1b[2J\nabsent", "--threshold", "1", "--dry-run"]) == 2
+    assert main(["inspect", "./\x1b[2Jabsent/\x07"]) == 2
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_unexpected_errors_are_one_line_unless_asked(inputs, capsys, monkeypatch):

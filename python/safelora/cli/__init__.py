@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any
 
 from . import bench, calibrate, convert, doctor, evaluate, export, filter, frontier, inspect, project, push, sweep
@@ -22,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     # Collecting cycles while torch is imported, and tearing torch down again, take longer than a projection does.
     gc.disable()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.encoding.lower().replace("_", "-") != "utf-8":
+            stream.reconfigure(errors="replace")  # a terminal that cannot show ‖V‖ gets ?V?, not an error
     status = _run(sys.argv[1:])
     sys.stderr.flush()
     os._exit(status)
@@ -107,5 +111,6 @@ def _termination_unwinds() -> Iterator[None]:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"safelora: error: {message}", file=sys.stderr)
+    shown = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    print(f"safelora: error: {shown}", file=sys.stderr)
     return status
