@@ -27,9 +27,9 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
   check_cxx_compiler_flag("${amx_flags}" SAFELORA_HAS_X86_FLAGS)
   if(SAFELORA_HAS_X86_FLAGS)
     target_sources(safelora_kernels PRIVATE csrc/cpu/isa_avx2.cpp csrc/cpu/isa_avx512.cpp csrc/cpu/isa_avx512_rows.cpp
-                                            csrc/cpu/isa_amx.cpp)
+                                            csrc/cpu/isa_avx512_thin.cpp csrc/cpu/isa_amx.cpp)
     set_source_files_properties(csrc/cpu/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "${SAFELORA_AVX2_FLAGS}")
-    set_source_files_properties(csrc/cpu/isa_avx512.cpp csrc/cpu/isa_avx512_rows.cpp
+    set_source_files_properties(csrc/cpu/isa_avx512.cpp csrc/cpu/isa_avx512_rows.cpp csrc/cpu/isa_avx512_thin.cpp
                                 PROPERTIES COMPILE_OPTIONS "${SAFELORA_AVX512_FLAGS}")
     set_source_files_properties(csrc/cpu/isa_amx.cpp PROPERTIES COMPILE_OPTIONS "${SAFELORA_AMX_FLAGS}")
     target_compile_definitions(safelora_kernels PRIVATE SAFELORA_X86=1)

@@ -110,5 +110,12 @@ const Kernels<double>& kernels<double>() {
   return table().f64;
 }
 
+const ThinKernels* thin_kernels() {
+#ifdef SAFELORA_X86
+  if (active_isa() >= Isa::avx512) return &avx512_thin();
+#endif
+  return nullptr;
+}
+
 }  // namespace detail
 }  // namespace safelora

@@ -66,12 +66,51 @@ struct RowKernels {
   void (*pass2)(const RowLayer& layer, std::int64_t first, std::int64_t last, const std::uint32_t* y, float* out);
 };
 
+// Products of a block of rows of bf16 with thin fp32 matrices: isa_avx512_thin.cpp. Depths are multiples of 16.
+constexpr std::int64_t kThinRows = 64;     // of a block at most
+constexpr std::int64_t kThinColumns = 64;  // widened at a time
+constexpr std::int64_t kThinWidth = 32;    // columns of a panel that expands
+
+// X (rows×cols), read once, for two products, each left out where its result is null.
+struct ThinContraction {
+  const void* x = nullptr;
+  std::int64_t row_stride = 0, rows = 0, cols = 0, panels = 0;
+  const float* rows_panels = nullptr;     // P as [panel][cols][16]
+  float* rows_out = nullptr;              // (rows, 16·panels) = X·P
+  const float* columns_panels = nullptr;  // Q (rows, 16·panels)
+  float* columns_out = nullptr;           // [panel][cols][16] = Xᵀ·Q, or += when accumulate
+  bool accumulate = false;
+  const void* next = nullptr;  // rows of bf16 that are worked on after this, or null
+  std::int64_t next_stride = 0;
+};
+
+// out (rows×cols) = base + coefficients (rows, depth) · P; base null: nothing added.
+struct ThinExpansion {
+  const void* base;
+  std::int64_t base_stride;
+  void* out;
+  std::int64_t out_stride, rows, cols, depth;
+  const float* coefficients;
+  const std::uint32_t* panels;  // P, packed
+};
+
+struct ThinKernels {
+  void (*contract)(const ThinContraction& contraction);
+  std::int64_t (*expansion_size)(std::int64_t cols, std::int64_t depth);  // words of P, packed
+  // P = scale·Mᵀ from M as [depth/16][cols][16]
+  void (*pack_expansion)(const float* m, std::int64_t cols, std::int64_t depth, float scale, std::uint32_t* words);
+  void (*expand)(const ThinExpansion& expansion);
+};
+
+const ThinKernels* thin_kernels();  // null where the active path has none
+
 const IsaTable& scalar_table();
 #ifdef SAFELORA_X86
 const IsaTable& avx2_table();
 const IsaTable& avx512_table();
 const RowKernels& avx512_rows();
 const RowKernels& amx_rows();
+const ThinKernels& avx512_thin();
 #endif
 
 template <class T>

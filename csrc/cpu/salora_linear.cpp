@@ -9,8 +9,10 @@ namespace {
 
 using namespace detail;
 
-constexpr std::int64_t kTokens = 32;    // tokens converted and used at a time
-constexpr std::int64_t kMaxSplits = 8;  // partial sums over tokens, joined in order
+constexpr std::int64_t kTokens = kThinRows;  // used at a time
+constexpr std::int64_t kColumns = 64;        // of them: the block stays in L1 between what makes and what uses it
+constexpr std::int64_t kBlock = kColumns + kLanes;  // its leading dimension: a power of two would share cache sets
+constexpr std::int64_t kMaxSplits = 8;              // partial sums over tokens, joined in order
 
 std::int64_t panel_count(std::int64_t rank) { return ceil_div(rank, kLanes); }
 
@@ -29,25 +31,80 @@ void store_panels(const T* panels, std::int64_t rows_padded, const Matrix& m) {
     kernels<T>().store(panels + j * rows_padded, kLanes, m, 0, m.rows, j, std::min(kLanes, m.cols - j));
 }
 
-// Rows i … i+n of m, zero-padded to whole panels of columns: dst (n, ld).
+// Rows i … i+n, columns j … j+cols of m, zero-padded to whole panels of columns: dst (n, ld).
 template <class T>
-void load_rows(const ConstMatrix& m, std::int64_t i, std::int64_t n, T* dst, std::int64_t ld) {
-  if (ld > m.cols) std::fill(dst, dst + n * ld, T(0));
-  kernels<T>().load(m, i, n, 0, m.cols, dst, ld);
+void load_block(const ConstMatrix& m, std::int64_t i, std::int64_t n, std::int64_t j, std::int64_t cols, T* dst,
+                std::int64_t ld) {
+  const std::int64_t padded = round_up(cols, kLanes);
+  for (std::int64_t l = 0; l < n && cols < padded; ++l) std::fill(dst + l * ld + cols, dst + l * ld + padded, T(0));
+  kernels<T>().load(m, i, n, j, cols, dst, ld);
+}
+
+// The columns of a row of `count`, kColumns at a time.
+template <class F>
+void for_columns(std::int64_t count, F&& f) {
+  for (std::int64_t j = 0; j < count; j += kColumns) f(j, std::min(kColumns, count - j));
+}
+
+// Whether rows of m lie in memory as the thin kernels take them.
+bool is_bf16_rows(const ConstMatrix& m) { return m.dtype == DType::bf16 && m.col_stride == 1; }
+
+const void* row(const ConstMatrix& m, std::int64_t i) {
+  return static_cast<const char*>(m.data) + i * m.row_stride * size_of(m.dtype);
+}
+void* row(const Matrix& m, std::int64_t i) { return const_cast<void*>(row(ConstMatrix(m), i)); }
+
+Buffer<std::uint32_t> expansion(const ThinKernels& kernel, const float* panels, std::int64_t cols, std::int64_t depth,
+                                double scale) {
+  Buffer<std::uint32_t> words(kernel.expansion_size(cols, depth));
+  kernel.pack_expansion(panels, cols, depth, static_cast<float>(scale), words.get());
+  return words;
+}
+
+// The rest of the forward pass on bf16 activations, from panels of A and B̃.
+void forward_bf16(const SaloraForward& f, const ThinKernels& kernel, const float* a, const float* b,
+                  const Threads& threads) {
+  const std::int64_t tokens = f.x.rows, d_in = f.x.cols, d_out = f.y.cols, rank = f.lora_A.rows;
+  const std::int64_t panels = panel_count(rank), r = panels * kLanes;
+  const Buffer<std::uint32_t> bt = expansion(kernel, b, d_out, r, f.scaling);
+  run_tasks(threads, ceil_div(tokens, kTokens), [&](const NextTask& next) {
+    Buffer<float> h(kTokens * r);
+    for (std::int64_t task; (task = next()) >= 0;) {
+      const std::int64_t i = task * kTokens, n = std::min(kTokens, tokens - i);
+      ThinContraction c;
+      c.x = row(f.x, i);
+      c.row_stride = f.x.row_stride;
+      c.rows = n;
+      c.cols = d_in;
+      c.panels = panels;
+      c.rows_panels = a;
+      c.rows_out = h.get();
+      c.next = row(f.base_output, i);
+      c.next_stride = f.base_output.row_stride;
+      kernel.contract(c);
+      kernels<float>().store(h.get(), r, f.h, i, n, 0, rank);
+      kernel.expand({row(f.base_output, i), f.base_output.row_stride, row(f.y, i), f.y.row_stride, n, d_out, r, h.get(),
+                     bt.get()});
+    }
+  });
 }
 
 template <class T>
 void forward(const SaloraForward& f, const Threads& threads) {
   const Kernels<T>& kernel = kernels<T>();
   const std::int64_t tokens = f.x.rows, d_in = f.x.cols, d_out = f.base_output.cols, rank = f.lora_A.rows;
-  const std::int64_t panels = panel_count(rank), r = panels * kLanes, out_ld = round_up(d_out, kLanes);
+  const std::int64_t panels = panel_count(rank), r = panels * kLanes;
   Buffer<T> basis_copy, b = panels_of<T>(f.lora_B);
   complement(b.get(), panels, d_out, dense(f.basis, basis_copy), f.basis.cols, threads);
   store_panels(b.get(), d_out, f.projected_B);
 
   const Buffer<T> a = panels_of<T>(transposed(f.lora_A));  // (d_in, 16) each
-  Buffer<T> bt(r * out_ld);                                // B̃ᵀ: (r, 16) for each 16 columns of y
-  std::fill(bt.get(), bt.get() + r * out_ld, T(0));
+  if constexpr (std::is_same_v<T, float>)
+    if (const ThinKernels* thin = thin_kernels();
+        thin != nullptr && is_bf16_rows(f.x) && is_bf16_rows(f.base_output) && is_bf16_rows(f.y))
+      return forward_bf16(f, *thin, a.get(), b.get(), threads);
+  Buffer<T> bt(r * round_up(d_out, kLanes));  // B̃ᵀ: (r, 16) for each 16 columns of y
+  std::fill(bt.get(), bt.get() + bt.size(), T(0));
   for (std::int64_t p = 0; p < panels; ++p)
     for (std::int64_t i = 0; i < d_out; ++i)
       for (std::int64_t q = 0; q < kLanes; ++q)
@@ -55,17 +112,181 @@ void forward(const SaloraForward& f, const Threads& threads) {
             static_cast<T>(f.scaling) * b.get()[(p * d_out + i) * kLanes + q];
 
   run_tasks(threads, ceil_div(tokens, kTokens), [&](const NextTask& next) {
-    Buffer<T> x(kTokens * d_in), y(kTokens * out_ld), h(kTokens * r);
+    Buffer<T> block(kTokens * kBlock), h(kTokens * r);
     for (std::int64_t task; (task = next()) >= 0;) {
       const std::int64_t i = task * kTokens, n = std::min(kTokens, tokens - i);
-      kernel.load(f.x, i, n, 0, d_in, x.get(), d_in);
-      for (std::int64_t p = 0; p < panels; ++p)
-        kernel.gemm16(n, d_in, x.get(), d_in, 1, a.get() + p * d_in * kLanes, kLanes, h.get() + p * kLanes, r, false);
+      for_columns(d_in, [&](std::int64_t j, std::int64_t cols) {
+        kernel.load(f.x, i, n, j, cols, block.get(), kBlock);
+        for (std::int64_t p = 0; p < panels; ++p)
+          kernel.gemm16(n, cols, block.get(), kBlock, 1, a.get() + (p * d_in + j) * kLanes, kLanes,
+                        h.get() + p * kLanes, r, j > 0);
+      });
       kernel.store(h.get(), r, f.h, i, n, 0, rank);
-      load_rows(f.base_output, i, n, y.get(), out_ld);
-      for (std::int64_t j = 0; j < out_ld; j += kLanes)
-        kernel.gemm16(n, r, h.get(), r, 1, bt.get() + j * r, kLanes, y.get() + j, out_ld, true);
-      kernel.store(y.get(), out_ld, f.y, i, n, 0, d_out);
+      for_columns(d_out, [&](std::int64_t j, std::int64_t cols) {
+        load_block(f.base_output, i, n, j, cols, block.get(), kBlock);
+        for (std::int64_t c = 0; c < cols; c += kLanes)
+          kernel.gemm16(n, r, h.get(), r, 1, bt.get() + (j + c) * r, kLanes, block.get() + c, kBlock, true);
+        kernel.store(block.get(), kBlock, f.y, i, n, j, cols);
+      });
+    }
+  });
+}
+
+// What a block of tokens adds to S = G_yᵀh and s·xᵀt, with t = G_y·B̃, and its rows of grad_x = s·t·A. Sums: panels
+// [p][d_out][16] and [p][d_in][16], nullptr where not wanted.
+template <class T>
+struct Sums {
+  T *weight, *grad_a;
+  bool accumulate;
+};
+
+// From blocks widened to the compute type.
+template <class T>
+class WidenedBlocks {
+ public:
+  explicit WidenedBlocks(const SaloraBackward& b) : b_(b), projected_(panels_of<T>(b.projected_B)) {
+    if (b.grad_x.data == nullptr) return;
+    a_.reserve(r_ * round_up(b.x.cols, kLanes));
+    load_panels(b.lora_A, a_.get(), r_);
+  }
+
+  struct Scratch {
+    Buffer<T> block, t, h;
+    explicit Scratch(std::int64_t r) : block(kTokens * kBlock), t(kTokens * r), h(kTokens * r) {}
+  };
+
+  void run(std::int64_t i, std::int64_t n, std::int64_t, const Sums<T>& sums, Scratch& scratch) const {
+    const Kernels<T>& kernel = kernels<T>();
+    const std::int64_t d_in = b_.x.cols, d_out = b_.grad_y.cols, panels = r_ / kLanes;
+    T *block = scratch.block.get(), *t = scratch.t.get(), *h = scratch.h.get();
+    const bool want_x = b_.grad_x.data != nullptr, want_t = want_x || sums.grad_a != nullptr;
+    load_block(b_.h, i, n, 0, b_.h.cols, h, r_);
+    for_columns(d_out, [&](std::int64_t j, std::int64_t cols) {
+      kernel.load(b_.grad_y, i, n, j, cols, block, kBlock);
+      for (std::int64_t p = 0; p < panels; ++p) {
+        const std::int64_t at = (p * d_out + j) * kLanes;
+        if (want_t) kernel.gemm16(n, cols, block, kBlock, 1, projected_.get() + at, kLanes, t + p * kLanes, r_, j > 0);
+        if (sums.weight != nullptr)
+          kernel.gemm16(cols, n, block, 1, kBlock, h + p * kLanes, r_, sums.weight + at, kLanes, sums.accumulate);
+      }
+    });
+    if (!want_t) return;
+    for (std::int64_t l = 0; l < n * r_; ++l) t[l] *= static_cast<T>(b_.scaling);
+    for_columns(d_in, [&](std::int64_t j, std::int64_t cols) {
+      if (sums.grad_a != nullptr) {
+        kernel.load(b_.x, i, n, j, cols, block, kBlock);
+        for (std::int64_t p = 0; p < panels; ++p)
+          kernel.gemm16(cols, n, block, 1, kBlock, t + p * kLanes, r_, sums.grad_a + (p * d_in + j) * kLanes, kLanes,
+                        sums.accumulate);
+      }
+      if (!want_x) return;
+      for (std::int64_t c = 0; c < cols; c += kLanes)
+        kernel.gemm16(n, r_, t, r_, 1, a_.get() + (j + c) * r_, kLanes, block + c, kBlock, false);
+      kernel.store(block, kBlock, b_.grad_x, i, n, j, cols);
+    });
+  }
+
+ private:
+  const SaloraBackward& b_;
+  const std::int64_t r_ = panel_count(b_.lora_A.rows) * kLanes;
+  Buffer<T> projected_, a_;  // A as (r, 16) for each 16 columns of x
+};
+
+// From bf16 rows as they lie in memory.
+class Bf16Blocks {
+ public:
+  Bf16Blocks(const SaloraBackward& b, const ThinKernels& kernel)
+      : b_(b), kernel_(kernel), projected_(panels_of<float>(b.projected_B)) {
+    if (b.grad_x.data == nullptr) return;
+    a_ = expansion(kernel, panels_of<float>(transposed(b.lora_A)).get(), b.x.cols, r_, 1);
+  }
+
+  static bool fit(const SaloraBackward& b) {
+    return is_bf16_rows(b.grad_y) && (b.grad_A.data == nullptr || is_bf16_rows(b.x)) &&
+           (b.grad_x.data == nullptr || is_bf16_rows(b.grad_x));
+  }
+
+  struct Scratch {
+    Buffer<float> t, h;
+    explicit Scratch(std::int64_t r) : t(kTokens * r), h(kTokens * r) {}
+  };
+
+  // `last`: where the tokens end that come after these.
+  void run(std::int64_t i, std::int64_t n, std::int64_t last, const Sums<float>& sums, Scratch& scratch) const {
+    float* t = scratch.t.get();
+    ThinContraction c;
+    c.x = row(b_.grad_y, i);
+    c.row_stride = b_.grad_y.row_stride;
+    c.rows = n;
+    c.cols = b_.grad_y.cols;
+    c.panels = r_ / kLanes;
+    c.accumulate = sums.accumulate;
+    const bool want_x = b_.grad_x.data != nullptr, want_t = want_x || sums.grad_a != nullptr;
+    if (want_t) {
+      c.rows_panels = projected_.get();
+      c.rows_out = t;
+    }
+    if (sums.weight != nullptr) {
+      load_block(b_.h, i, n, 0, b_.h.cols, scratch.h.get(), r_);
+      c.columns_panels = scratch.h.get();
+      c.columns_out = sums.weight;
+    }
+    if (sums.grad_a != nullptr) {
+      c.next = row(b_.x, i);
+      c.next_stride = b_.x.row_stride;
+    }
+    kernel_.contract(c);
+    if (!want_t) return;
+    for (std::int64_t l = 0; l < n * r_; ++l) t[l] *= static_cast<float>(b_.scaling);
+    if (sums.grad_a != nullptr) {
+      c.x = c.next;
+      c.row_stride = c.next_stride;
+      c.cols = b_.x.cols;
+      c.rows_out = nullptr;
+      c.columns_panels = t;
+      c.columns_out = sums.grad_a;
+      c.next = i + n < last ? row(b_.grad_y, i + n) : nullptr;
+      c.next_stride = b_.grad_y.row_stride;
+      kernel_.contract(c);
+    }
+    if (want_x) kernel_.expand({nullptr, 0, row(b_.grad_x, i), b_.grad_x.row_stride, n, b_.x.cols, r_, t, a_.get()});
+  }
+
+ private:
+  const SaloraBackward& b_;
+  const ThinKernels& kernel_;
+  const std::int64_t r_ = panel_count(b_.lora_A.rows) * kLanes;
+  Buffer<float> projected_;
+  Buffer<std::uint32_t> a_;
+};
+
+// parts[0] += parts[1] + …, each of `size` entries, in order.
+template <class T>
+void join(Buffer<T>& parts, std::int64_t count, std::int64_t size, const Threads& threads) {
+  constexpr std::int64_t kEntries = 1 << 14;
+  T* sum = parts.get();
+  parallel_for(threads, count > 1 ? ceil_div(size, kEntries) : 0, [&](std::int64_t c) {
+    for (std::int64_t s = 1; s < count; ++s)
+      for (std::int64_t i = c * kEntries; i < std::min(size, (c + 1) * kEntries); ++i) sum[i] += sum[s * size + i];
+  });
+}
+
+template <class T, class Blocks>
+void sum_tokens(const SaloraBackward& b, const Blocks& blocks, std::int64_t splits, Buffer<T>& weight,
+                Buffer<T>& grad_a, const Threads& threads) {
+  const std::int64_t tokens = b.x.rows, count = ceil_div(tokens, kTokens);
+  if (tokens == 0) {
+    std::fill(weight.get(), weight.get() + weight.size(), T(0));
+    std::fill(grad_a.get(), grad_a.get() + grad_a.size(), T(0));
+  }
+  run_tasks(threads, splits, [&](const NextTask& next) {
+    typename Blocks::Scratch scratch(panel_count(b.lora_A.rows) * kLanes);
+    for (std::int64_t split; (split = next()) >= 0;) {
+      const auto part = [&](Buffer<T>& m) { return m.size() > 0 ? m.get() + split * (m.size() / splits) : nullptr; };
+      const std::int64_t first = split * count / splits * kTokens;
+      const std::int64_t last = std::min(tokens, (split + 1) * count / splits * kTokens);
+      for (std::int64_t i = first; i < last; i += kTokens)
+        blocks.run(i, std::min(kTokens, last - i), last, Sums<T>{part(weight), part(grad_a), i > first}, scratch);
     }
   });
 }
@@ -76,64 +297,32 @@ template <class T>
 void backward(const SaloraBackward& b, const Threads& threads) {
   const Kernels<T>& kernel = kernels<T>();
   const std::int64_t tokens = b.x.rows, d_in = b.x.cols, d_out = b.grad_y.cols, rank = b.lora_A.rows;
-  const std::int64_t panels = panel_count(rank), r = panels * kLanes, in_ld = round_up(d_in, kLanes);
+  const std::int64_t panels = panel_count(rank), r = panels * kLanes;
   const std::int64_t splits = std::clamp<std::int64_t>(ceil_div(tokens, 4 * kTokens), 1, kMaxSplits);
   const T scaling = static_cast<T>(b.scaling);
-  const bool want_x = b.grad_x.data != nullptr, want_A = b.grad_A.data != nullptr;
+  const bool want_A = b.grad_A.data != nullptr;
   const bool want_weight = b.grad_B.data != nullptr || b.grad_basis.data != nullptr;
-
-  const Buffer<T> projected = panels_of<T>(b.projected_B);
-  Buffer<T> a_rows(want_x ? r * in_ld : 0);  // A as (r, 16) for each 16 columns of x
-  if (want_x) load_panels(b.lora_A, a_rows.get(), r);
   const std::int64_t weight_size = panels * d_out * kLanes, a_size = panels * d_in * kLanes;
   Buffer<T> weight(want_weight ? splits * weight_size : 0), grad_a(want_A ? splits * a_size : 0);
-  std::fill(weight.get(), weight.get() + (want_weight ? splits * weight_size : 0), T(0));
-  std::fill(grad_a.get(), grad_a.get() + (want_A ? splits * a_size : 0), T(0));
+  const auto sum = [&](const auto& blocks) { sum_tokens(b, blocks, splits, weight, grad_a, threads); };
+  if constexpr (std::is_same_v<T, float>) {
+    const ThinKernels* thin = thin_kernels();
+    if (thin != nullptr && Bf16Blocks::fit(b))
+      sum(Bf16Blocks(b, *thin));
+    else
+      sum(WidenedBlocks<T>(b));
+  } else {
+    sum(WidenedBlocks<T>(b));
+  }
 
-  run_tasks(threads, splits, [&](const NextTask& next) {
-    Buffer<T> g(kTokens * d_out), x(kTokens * in_ld), t(kTokens * r), h(kTokens * r);
-    for (std::int64_t split; (split = next()) >= 0;) {
-      const std::int64_t blocks = ceil_div(tokens, kTokens);
-      const std::int64_t last = std::min(tokens, (split + 1) * blocks / splits * kTokens);
-      for (std::int64_t i = split * blocks / splits * kTokens; i < last; i += kTokens) {
-        const std::int64_t n = std::min(kTokens, last - i);
-        kernel.load(b.grad_y, i, n, 0, d_out, g.get(), d_out);
-        load_rows(b.h, i, n, h.get(), r);
-        for (std::int64_t p = 0; p < panels; ++p) {
-          kernel.gemm16(n, d_out, g.get(), d_out, 1, projected.get() + p * d_out * kLanes, kLanes, t.get() + p * kLanes,
-                        r, false);
-          if (want_weight)
-            kernel.gemm16(d_out, n, g.get(), 1, d_out, h.get() + p * kLanes, r,
-                          weight.get() + split * weight_size + p * d_out * kLanes, kLanes, true);
-        }
-        for (std::int64_t l = 0; l < n * r; ++l) t.get()[l] *= scaling;
-        if (want_A) {
-          kernel.load(b.x, i, n, 0, d_in, x.get(), d_in);
-          for (std::int64_t p = 0; p < panels; ++p)
-            kernel.gemm16(d_in, n, x.get(), 1, d_in, t.get() + p * kLanes, r,
-                          grad_a.get() + split * a_size + p * d_in * kLanes, kLanes, true);
-        }
-        if (want_x) {
-          for (std::int64_t j = 0; j < in_ld; j += kLanes)
-            kernel.gemm16(n, r, t.get(), r, 1, a_rows.get() + j * r, kLanes, x.get() + j, in_ld, false);
-          kernel.store(x.get(), in_ld, b.grad_x, i, n, 0, d_in);
-        }
-      }
-    }
-  });
-
-  const auto join = [&](Buffer<T>& parts, std::int64_t size) {
-    for (std::int64_t s = 1; s < splits; ++s)
-      for (std::int64_t i = 0; i < size; ++i) parts.get()[i] += parts.get()[s * size + i];
-  };
   if (want_A) {
-    join(grad_a, a_size);
+    join(grad_a, splits, a_size, threads);
     const Matrix grad_A_transposed = {b.grad_A.data, b.grad_A.dtype,      d_in,
                                       rank,          b.grad_A.col_stride, b.grad_A.row_stride};
     store_panels(grad_a.get(), d_in, grad_A_transposed);
   }
   if (!want_weight) return;
-  join(weight, weight_size);
+  join(weight, splits, weight_size, threads);
   for (std::int64_t i = 0; i < weight_size; ++i) weight.get()[i] *= scaling;
   Buffer<T> basis_copy;
   const std::int64_t k = b.basis.cols;

@@ -42,11 +42,16 @@ def complement(backend: str) -> list[Tensor]:
     return [*results, *right, *xs]
 
 
-def salora(backend: str) -> list[Tensor]:
+def salora(backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The activations in ``dtype``, the factors in fp32."""
     shapes = [(515, 300), (515, 260), (12, 300), (260, 12)]
     tensors = [torch.randn(shape).requires_grad_() for shape in shapes] + [random_basis(260, 9).requires_grad_()]
-    y = sk.salora_linear(*tensors, 0.5, backend=backend)  # type: ignore[arg-type]
+    y = sk.salora_linear(*[t.to(dtype) for t in tensors[:2]], *tensors[2:], 0.5, backend=backend)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), tensors)]
+
+
+def salora_on_bf16(backend: str) -> list[Tensor]:
+    return salora(backend, torch.bfloat16)
 
 
 def gram(backend: str) -> list[Tensor]:
@@ -56,7 +61,7 @@ def gram(backend: str) -> list[Tensor]:
     return sk.gram_apply_layers(xs, zs, [torch.rand(1030), None, torch.rand(2050)], backend=backend)
 
 
-@pytest.mark.parametrize("work", [projection, complement, salora, gram])
+@pytest.mark.parametrize("work", [projection, complement, salora, salora_on_bf16, gram])
 def test_bits_do_not_depend_on_threads_or_runs(
     backend: str, threads: Callable[[int], None], work: Callable[[str], list[Tensor]]
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import safelora_kernels as sk
+from safelora_kernels.bench import baselines
 
 from . import truth
 from .truth import FLOATS, assert_accurate, random_basis
@@ -71,6 +72,43 @@ def test_dtypes_forward_and_backward(backend: str, dtype: torch.dtype, factor: t
         assert tensor.grad is not None
         assert tensor.grad.dtype == tensor.dtype
         assert_accurate(tensor.grad, expected, bound, f"gradient of {name}")
+
+
+# Whole and partial blocks of tokens, of columns and of ranks.
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1), (64, 64, 128, 16, 8), (70, 67, 33, 5, 3), (200, 130, 259, 33, 7)], ids=str
+)
+@pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16])
+def test_rows_of_bf16(backend: str, shape: tuple[int, int, int, int, int], factor: torch.dtype) -> None:
+    """Rows that lie apart and start anywhere, and what lies between them is left alone."""
+    plain = inputs(*shape, torch.bfloat16, factor)
+    grad = torch.randn(shape[0], shape[2]).bfloat16()
+    rows = [
+        torch.full((t.shape[0], t.shape[1] + 3), torch.nan, dtype=t.dtype)[:, 1:-2].copy_(t) for t in (*plain, grad)
+    ]
+    tensors = [t.detach().requires_grad_() for t in rows[:5]]
+    y = sk.salora_linear(*tensors, 0.7, backend=backend)  # type: ignore[arg-type]
+    assert_accurate(y.detach(), truth.salora(*plain, 0.7), FP32_BOUND)  # type: ignore[arg-type]
+    y.backward(rows[5])
+    for name, tensor, expected in zip(NAMES, tensors, dense_gradients(plain, 0.7, grad), strict=True):
+        assert_accurate(tensor.grad, expected, FP32_BOUND, f"gradient of {name}")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16])
+def test_error_is_no_more_than_that_of_torch_in_bf16(backend: str, factor: torch.dtype) -> None:
+    plain = inputs(150, 300, 260, 16, 8, torch.bfloat16, factor)
+    grad = torch.randn(150, 260).bfloat16()
+    expected = [truth.salora(*plain, 2.0), *dense_gradients(plain, 2.0, grad)]  # type: ignore[arg-type]
+
+    def errors(tensors: list[Tensor], *, ours: bool) -> list[float]:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        y = sk.salora_linear(*leaves, 2.0, backend=backend) if ours else baselines.torch_salora(*leaves, 2.0)  # type: ignore[arg-type]
+        results = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+        return [truth.relative_error(result, e) for result, e in zip(results, expected, strict=True)]
+
+    theirs = errors([t.bfloat16() for t in plain], ours=False)
+    for name, error, limit in zip(("y", *NAMES), errors(plain, ours=True), theirs, strict=True):
+        assert error <= limit, f"{name}: {error:.1e} exceeds torch's {limit:.1e}"
 
 
 def test_adapter_and_activations_of_other_dtypes(backend: str) -> None:
@@ -200,6 +238,9 @@ def test_not_finite_input_shows(backend: str) -> None:
     x, base, a, b, u = inputs(6, 10, 14, 3, 2)
     x[2, 3] = torch.nan
     y = sk.salora_linear(x, base, a, b, u, 1.0, backend=backend)
+    assert bool(y[2].isnan().all())
+    assert bool(y[[0, 1, 3, 4, 5]].isfinite().all())
+    y = sk.salora_linear(x.bfloat16(), base.bfloat16(), a, b, u, 1.0, backend=backend)
     assert bool(y[2].isnan().all())
     assert bool(y[[0, 1, 3, 4, 5]].isfinite().all())
 
