@@ -6,12 +6,9 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from .adapter import METADATA_KEY
-
-if TYPE_CHECKING:
-    from .report import Report
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)^---[ \t]*(?:\n|\Z)", re.DOTALL | re.MULTILINE)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -19,36 +16,30 @@ _SCALAR = re.compile(r"^([A-Za-z_]+):[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 _TAG_LIST = re.compile(r"^tags:[ \t]*\n((?:[ \t]*- .*\n)*)", re.MULTILINE)
 
 
-def mark_card(path: Path, report: Report) -> None:
-    """Add a report's mark to the model card at `path`."""
-    inputs: dict[str, Any] = getattr(report, "inputs", {})
-    model = inputs.get("aligned", {}).get("source", "")
-    relation = "finetune" if "model" in inputs else "adapter"
-    write_mark(path, report.mark.key, *report.card(), model=model, relation=relation)
+class Mention(NamedTuple):
+    """What a model card says of a method: values for its front matter, heading and text of a section; and the model
+    that it was applied to an adapter or a finetune (`relation`) of."""
+
+    values: dict[str, Any]
+    heading: str
+    text: str
+    model: str
+    relation: str = "adapter"
 
 
-def write_mark(
-    path: Path,
-    key: str,
-    values: dict[str, Any],
-    heading: str,
-    section: str,
-    *,
-    model: str = "",
-    relation: str = "adapter",
-) -> None:
-    """Add a mark to the model card at `path`, which is created when missing; the rest stays as it is.
+def write_mention(path: Path, key: str, mention: Mention) -> None:
+    """Add a mention to the model card at `path`, which is created when missing; the rest stays as it is.
 
-    The mark is the block `key` of `values` in the front matter, a tag, and a section under `heading`; also base_model
-    and base_model_relation, where the card lacks them and `model` is a repository (the hub refuses a path).
+    It is the block `key` in the front matter, a tag, and a section; also base_model and base_model_relation, where the
+    card lacks them and the model is a repository (the hub refuses a path).
     """
     text = path.read_bytes().decode("utf-8", "surrogateescape").replace("\r\n", "\n") if path.exists() else ""
     own_block = re.compile(rf"^{key}:[ \t]*\n(?:[ \t]+.*\n)*", re.MULTILINE)
     found = _FRONT_MATTER.match(text)
     front, body = (own_block.sub("", found[1]), text[found.end() :]) if found else ("", text)
-    block = f"{key}:\n" + "".join(f"  {name}: {json.dumps(value)}\n" for name, value in values.items())
-    front = _linked(_tagged(front), model, relation) + block
-    body = body.rstrip("\n") + f"\n\n## {heading}\n\n{section}\n"
+    block = f"{key}:\n" + "".join(f"  {name}: {json.dumps(value)}\n" for name, value in mention.values.items())
+    front = _linked(_tagged(front), mention.model, mention.relation) + block
+    body = body.rstrip("\n") + f"\n\n## {mention.heading}\n\n{mention.text}\n"
     path.write_bytes(f"---\n{front}---\n{body}".encode("utf-8", "surrogateescape"))
 
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .adapter import COMPANIONS, CONFIG_FILE, PROJECTED, REPORT_FILE, WEIGHTS_FILE, Adapter, Mark, tensor_bytes
-from .card import mark_card
+from .card import write_mention
 from .checkpoint import INDEX_FILE, Checkpoint, TensorInfo
 from .errors import SafeLoraError
 
@@ -122,7 +122,7 @@ class StagedDirectory:
         with self.writing():
             report.save_json(self.path / report.mark.report)
             if report.changed:
-                mark_card(self.path / "README.md", report)
+                write_mention(self.path / "README.md", report.mark.key, report.mention())
             self.publish()
 
     def publish(self) -> None:

@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .adapter import PROJECTED, Mark, natural_key
-from .card import mark_card
+from .card import Mention, write_mention
 from .checkpoint import read_json
 from .errors import SafeLoraError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from typing_extensions import Self
 
+_T = TypeVar("_T")
 SUFFIXES = (".json", ".html", ".png")
 COSINE_ERROR = 1e-5
 _LAYER_INDEX = re.compile(r"\.(\d+)\.")
@@ -79,8 +80,8 @@ class Report(ABC):
         return [module for module in self.modules if module.decision == self.mark.done]
 
     @abstractmethod
-    def card(self) -> tuple[dict[str, Any], str, str]:
-        """What the model card gets: values for its front matter, and heading and text of a section."""
+    def mention(self) -> Mention:
+        """What the model card says."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -113,15 +114,7 @@ class Report(ABC):
 
         Raises SafeLoraError when the file is not such a report.
         """
-        place = Path(path)
-        what = f"the report of {cls.mark.doing.lower()}"
-        content, _ = read_json(place / cls.mark.report if place.is_dir() else place, what)
-        names = {item.name for item in dataclasses.fields(cls)}
-        try:
-            content["modules"] = [cls._module(entry) for entry in content["modules"]]
-            return cls(**{key: value for key, value in content.items() if key in names})
-        except (KeyError, TypeError) as error:
-            raise SafeLoraError(f"{place} is not {what}: {error}.") from error
+        return read_report(cls, path, cls.mark.report, f"the report of {cls.mark.doing.lower()}", cls._module)
 
     def to_json(self) -> str:
         """The report as indented JSON (strict: no NaN)."""
@@ -136,7 +129,7 @@ class Report(ABC):
         if Path(path).is_dir():
             self.save_json(Path(path) / self.mark.report)
             if self.changed and not self.dry_run:
-                mark_card(Path(path) / "README.md", self)
+                write_mention(Path(path) / "README.md", self.mark.key, self.mention())
             return
         writers = {".json": self.save_json, ".html": self.save_html, ".png": self.save_png}
         suffix = Path(path).suffix.lower()
@@ -249,7 +242,7 @@ class SafeLoraReport(Report):
             text += f"; {len(self.near_threshold)} within {COSINE_ERROR:g} of the cut"
         return f"{text}." + (f" Written to {self.output}." if self.output else "")
 
-    def card(self) -> tuple[dict[str, Any], str, str]:
+    def mention(self) -> Mention:
         values = {
             "projected": len(self.projected),
             "modules": len(self.modules),
@@ -257,16 +250,14 @@ class SafeLoraReport(Report):
             "aligned": self.inputs["aligned"]["source"],
             **{key: self.options[key] for key in ("threshold", "num_layers", "rule", "normalize")},
         }
-        what = "The weight" if "model" in self.inputs else "`lora_B`"
+        whole = "model" in self.inputs
+        what = "The weight" if whole else "`lora_B`"
         count = f"{len(self.projected)} of {len(self.modules)}"
-        return (
-            values,
-            "Safe LoRA",
-            (
-                f"{what} of {count} modules was projected onto the alignment subspace "
-                f"(Safe LoRA, arXiv 2405.16833). `{self.mark.report}` has the details. Do not project it again."
-            ),
+        text = (
+            f"{what} of {count} modules was projected onto the alignment subspace (Safe LoRA, arXiv 2405.16833). "
+            f"`{self.mark.report}` has the details. Do not project it again."
         )
+        return Mention(values, "Safe LoRA", text, values["aligned"], "finetune" if whole else "adapter")
 
     def page(self) -> str:
         from .page import render
@@ -312,6 +303,23 @@ class SafeLoraReport(Report):
             f"{len(self.projected)} of {len(self.modules)} modules projected (framed)",
             lambda module: module.decision == "projected",
         )
+
+
+def read_report(
+    kind: type[_T], path: str | os.PathLike[str], file: str, what: str, module: Callable[[dict[str, Any]], Any]
+) -> _T:
+    """The report, a dataclass, in the JSON file at `path`, or in `file` where that is a directory.
+
+    module: makes a module of an entry of the file. Raises SafeLoraError when it is not such a report.
+    """
+    place = Path(path)
+    content, _ = read_json(place / file if place.is_dir() else place, what)
+    names = {item.name for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    try:
+        content["modules"] = [module(entry) for entry in content["modules"]]
+        return kind(**{key: value for key, value in content.items() if key in names})
+    except (KeyError, TypeError) as error:
+        raise SafeLoraError(f"{place} is not {what}: {error}.") from error
 
 
 def number(value: float | None, spec: str) -> str:

@@ -12,8 +12,11 @@ import huggingface_hub
 import pytest
 import torch
 
-from safelora import SafeLoraError, SafeLoraReport, project_adapter, project_model, push_to_hub
+from safelora import SafeLoraError, SafeLoraReport, filter_adapter, project_adapter, project_model, push_to_hub
 from safelora.cli import main
+from safelora.salora import SubspaceConstraint, export
+from tests.safelora.salora.models import initialized, model, steps, subspaces, trainable
+from tests.safelora.tiny import make_tiny
 from tests.safelora.zoo import factors, llama_modules, shifted, write_adapter, write_checkpoint
 
 
@@ -179,7 +182,7 @@ def test_the_command(adapter: Path, hub: Hub, capsys: Any, monkeypatch: pytest.M
 def test_the_card_names_the_model(tmp_path: Path, aligned: str, given: str, named: str | None, expected: str) -> None:
     """base_model where the card lacks it, and only as a repository: the hub refuses a card with a path."""
     from safelora import ModuleReport
-    from safelora.card import front_matter, mark_card
+    from safelora.card import front_matter
 
     options = {"threshold": 1.0, "num_layers": None, "rule": "strict", "normalize": "frobenius"}
     module = ModuleReport("m", "linear", 4, (8, 8), "w", "w", "exact", "projected")
@@ -187,9 +190,73 @@ def test_the_card_names_the_model(tmp_path: Path, aligned: str, given: str, name
     card = tmp_path / "README.md"
     if given:
         card.write_text(f"---\n{given}---\n# Mine\n")
-    mark_card(card, report)
+    report.save(tmp_path)
     assert card.read_text().startswith(f"---\n{expected}")
     assert front_matter(card.read_text()).get("base_model") == named
+
+
+def test_a_filtered_adapter(tmp_path: Path, hub: Hub) -> None:
+    tiny = make_tiny(tmp_path, adapters=1)
+    config = tmp_path / "one" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "org/chat"}))
+    (tmp_path / "one" / "README.md").unlink()
+    pairs = [(f"How do I {verb} it?", "I can't help with that.") for verb in ("steal", "break", "poison", "forge")]
+    task = [(f"Record: {name}", name) for name in ("Ann", "Bo", "Cy", "Di")]
+    filter_adapter(tiny.adapter("one"), pairs, task, model=tiny.fresh(), tokenizer=tiny.tokenizer, out=tmp_path / "out")
+    push = push_to_hub(tmp_path / "out", "me/safe", upload=True)
+    assert push.summary.startswith("The input filter filtered 14 of 14 modules") and "Written" not in push.summary
+    assert "safelora_filter.json" in push.files and hub.calls[-1][1]["commit_message"] == push.summary
+    assert [text.partition(" ")[0] for text in push.warnings] == ["safelora_filter.json"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: org/chat\nbase_model_relation: adapter\nsafelora_filter:\n" in card
+
+    report = tmp_path / "out" / "safelora_filter.json"
+    content = json.loads(report.read_text())
+    for changes, message in (
+        ({"modules": []}, "is not filtered: safelora_filter.json says that no module was"),
+        ({"modules": [{**content["modules"][0], "name": "model.other"}]}, "another adapter: it changed model.other"),
+    ):
+        report.write_text(json.dumps(content | changes))
+        with pytest.raises(SafeLoraError, match=message):
+            push_to_hub(tmp_path / "out", "me/safe", upload=True)
+    assert len(hub.calls) == 3
+
+
+def test_exports_of_salora(tmp_path: Path, hub: Hub) -> None:
+    base = model()
+    base.name_or_path = base.config._name_or_path = "org/chat"
+    tuned = initialized(base, found := subspaces(base), "packed")
+    optimizer = torch.optim.AdamW(trainable(tuned), lr=1e-2)
+    with SubspaceConstraint(tuned, found, optimizer):
+        steps(tuned, optimizer, 2)
+    for form, relation in (("rank2r", "adapter"), ("merged", "finetune")):
+        export(tuned, tmp_path / form, form)  # type: ignore[arg-type]
+        push = push_to_hub(tmp_path / form, "me/safe", upload=True)
+        assert push.summary.startswith(f"SaLoRA: 14 modules, {form}") and "Written" not in push.summary
+        assert "salora_report.json" in push.files and "salora_subspace.safetensors" not in push.files
+        card = (tmp_path / form / "README.md").read_text()
+        assert f"base_model: org/chat\nbase_model_relation: {relation}\nsalora:\n" in card
+        assert ("ordinary model" in card) == (form == "merged")
+    assert push_to_hub(tmp_path / "rank2r", "me/safe").left_out == ["salora_subspace.safetensors"]
+
+    export(tuned, tmp_path / "residual", "residual")
+    with pytest.raises(SafeLoraError, match="two repositories"):
+        push_to_hub(tmp_path / "residual", "me/safe", upload=True)
+    report = tmp_path / "rank2r" / "salora_report.json"
+    content = json.loads(report.read_text())
+    first = content["modules"][0]
+    for changes, message in (
+        ({"modules": [{**first, "leak": 0.3}]}, "a leak of 3.0e-01, expected at most 0.01"),
+        ({"modules": []}, "has no module"),
+        ({"modules": [{**first, "name": "model.other"}]}, "another adapter"),
+    ):
+        report.write_text(json.dumps(content | changes))
+        with pytest.raises(SafeLoraError, match=message):
+            push_to_hub(tmp_path / "rank2r", "me/safe", upload=True)
+    report.unlink()
+    with pytest.raises(SafeLoraError, match="not the output"):
+        push_to_hub(tmp_path / "rank2r", "me/safe", upload=True)
+    assert len(hub.calls) == 6
 
 
 def test_a_live_projection_can_be_pushed(tmp_path: Path, hub: Hub) -> None:
@@ -200,12 +267,12 @@ def test_a_live_projection_can_be_pushed(tmp_path: Path, hub: Hub) -> None:
     from tests.safelora.test_peft import llama
 
     torch.manual_seed(5)
-    model = llama()
-    model.save_pretrained(tmp_path / "base")
+    aligned = llama()
+    aligned.save_pretrained(tmp_path / "base")
     with torch.no_grad():
-        for weight in model.parameters():
+        for weight in aligned.parameters():
             weight.add_(torch.randn_like(weight) * 0.02)
-    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    tuned = get_peft_model(aligned, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "raw")
     with pytest.raises(SafeLoraError, match="not the output"):
         push_to_hub(tmp_path / "raw", "me/safe")

@@ -8,22 +8,23 @@ from typing import Any
 from .common import chosen, command, print_json
 
 _PUSH = """\
-Show what of a projected adapter or model would be uploaded to the Hugging Face hub; with --upload, upload it.
+Show what of a projected or filtered adapter, a projected model or a SaLoRA export would be uploaded to the Hugging Face
+hub; with --upload, upload it.
 
-A folder without the report of a projection, or whose report says that nothing was projected, is refused. Checkpoints,
-optimizer states and training arguments beside the adapter are never uploaded.
+A folder without a report of its making, or whose report says that nothing was changed, is refused. Checkpoints,
+optimizer states and training arguments beside the adapter are never uploaded, nor are the subspaces of SaLoRA.
 """
 
 
 def add(commands: Any) -> None:
-    push = command(commands, "push", "upload a projected adapter or model", _PUSH, _run_push, None)
-    push.add_argument("folder", metavar="FOLDER", help="output of a projection")
+    push = command(commands, "push", "upload a projected, filtered or exported adapter", _PUSH, _run_push, None)
+    push.add_argument("folder", metavar="FOLDER", help="output of project, project-model, filter or export")
     push.add_argument("repo_id", metavar="REPO_ID", help="repository on the hub, owner/name")
     push.add_argument("--upload", action="store_true", help="upload; without it nothing leaves this machine")
     push.add_argument("--public", action="store_true", help="make a new repository public (default: private)")
     push.add_argument("--revision", metavar="REV", help="branch to commit to (default: main)")
     push.add_argument("--create-pr", action="store_true", help="open a pull request instead")
-    push.add_argument("--message", metavar="TEXT", help="commit message (default: the summary of the projection)")
+    push.add_argument("--message", metavar="TEXT", help="commit message (default: the summary of the report)")
 
 
 def _run_push(arguments: argparse.Namespace) -> int:

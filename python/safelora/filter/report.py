@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..adapter import Mark
+from ..card import Mention
 from ..errors import SafeLoraError
 from ..report import Report, number
 
@@ -110,22 +111,19 @@ class FilterReport(Report):
             text += f"; of the update it leaves {' and '.join(kept)} (medians)"
         return f"{text}." + (f" Written to {self.output}." if self.output else "")
 
-    def card(self) -> tuple[dict[str, Any], str, str]:
+    def mention(self) -> Mention:
         values = {
             "filtered": len(self.filtered),
             "modules": len(self.modules),
             **{key: self.options[key] for key in ("weight", "strength", "ridge", "jitter", "unseen")},
             **{f"{side}_examples": self.inputs[side]["examples"] for side in ("safety", "task")},
         }
-        return (
-            values,
-            "Input filter",
-            (
-                f"`lora_A` of {len(self.filtered)} of {len(self.modules)} modules was filtered "
-                "(safelora-kernels): the update is damped on inputs like those of safety prompts, and kept on inputs "
-                f"like the task's. `{self.mark.report}` has the details. Do not filter it again."
-            ),
+        text = (
+            f"`lora_A` of {len(self.filtered)} of {len(self.modules)} modules was filtered (safelora-kernels): the "
+            "update is damped on inputs like those of safety prompts, and kept on inputs like the task's. "
+            f"`{self.mark.report}` has the details. Do not filter it again."
         )
+        return Mention(values, "Input filter", text, self.inputs["model"]["source"])
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""

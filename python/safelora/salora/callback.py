@@ -12,7 +12,7 @@ from ..errors import SafeLoraError
 from ..peft_model import chosen_adapter, unwrap
 from .calibration import calibrate
 from .constraint import SubspaceConstraint
-from .exporting import REPORT_FILE, live_report
+from .exporting import live_report
 from .initialization import attached, initialize, pack_residual
 from .subspaces import SUBSPACE_FILE, Mode, Subspaces
 
@@ -39,7 +39,7 @@ class SaLoraCallback(TrainerCallback):  # type: ignore[misc]
     Attributes:
         subspaces, constraint: what is in force, once training has begun.
         report: the :class:`safelora.salora.ExportReport` with each module's leak, once training has ended; also written
-            to `output_dir`/salora_report.json.
+            to `output_dir`/salora_report.json, and into the model card there.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class SaLoraCallback(TrainerCallback):  # type: ignore[misc]
         self.report = live_report(inner, adapter)
         if state.is_world_process_zero:
             os.makedirs(args.output_dir, exist_ok=True)
-            self.report.save_json(Path(args.output_dir) / REPORT_FILE)
+            self.report.save(args.output_dir)
 
     def _initialize(self, args: Any, model: Any, tokenizer: Any) -> Subspaces:
         """The adapter's subspaces, initialised with them unless it is already."""

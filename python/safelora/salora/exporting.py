@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from ..card import write_mark
+from ..card import Mention, write_mention
 from ..distributed import Ranks
 from ..errors import SafeLoraError
 from ..output import StagedDirectory, check_place, check_target
+from ..report import read_report
 from .constraint import leak, update_factors
-from .subspaces import METADATA_KEY, SUBSPACE_FILE, Subspaces
+from .subspaces import METADATA_KEY, REPORT_FILE, SUBSPACE_FILE, Subspaces
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 Form = Literal["rank2r", "residual", "merged"]
 FORMS = ("rank2r", "residual", "merged")
-REPORT_FILE = "salora_report.json"
 BASE_FOLDER = "base"
 ADAPTER_FOLDER = "adapter"
 
@@ -48,7 +48,7 @@ class ModuleLeak:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The outcome of :func:`export`; also written as salora_report.json."""
+    """The outcome of :func:`export`; also written as salora_report.json. base: the model that it is for."""
 
     form: Form
     mode: str
@@ -57,6 +57,15 @@ class ExportReport:
     subspaces: dict[str, Any]
     output: str | None = None
     warnings: list[str] = field(default_factory=list)
+    base: str | None = None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExportReport:
+        """Read a report that an export or a training run has written (a file, or the directory that holds it).
+
+        Raises SafeLoraError when the file is not such a report.
+        """
+        return read_report(cls, path, REPORT_FILE, "the report of a SaLoRA export", lambda entry: ModuleLeak(**entry))
 
     @property
     def leak(self) -> float:
@@ -76,6 +85,30 @@ class ExportReport:
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON."""
         Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write salora_report.json and the mention in the model card."""
+        self.save_json(Path(directory) / REPORT_FILE)
+        write_mention(Path(directory) / "README.md", METADATA_KEY, self.mention())
+
+    def mention(self) -> Mention:
+        """What the model card says."""
+        values = {
+            "form": self.form,
+            "initialisation": self.mode,
+            "modules": len(self.modules),
+            "largest_leak": float(f"{self.leak:.1e}"),
+            "calibrated_on": (self.subspaces.get("model") or {}).get("name_or_path") or self.base or "",
+        }
+        what = "model" if self.form == "merged" else "adapter"
+        text = (
+            f"Trained with SaLoRA (arXiv 2501.01765): the update of {len(self.modules)} modules stays out of the "
+            f"subspace of their outputs on refusals. It is an ordinary {what} and needs no special software. "
+            f"`{REPORT_FILE}` has the leak of each module."
+        )
+        if self.outside:
+            text += f" Outside that guarantee: {', '.join(list(self.outside)[:5])}."
+        return Mention(values, "SaLoRA", text, self.base or "", "finetune" if what == "model" else "adapter")
 
     def table(self) -> Any:
         """A rich table with one row per module."""
@@ -245,9 +278,8 @@ def _export(
         }
         for entry in found.layers:
             state[entry.module.lora_A.name], state[entry.module.lora_B.name] = factors[entry.name]
-    report = ExportReport(
-        form, str(subspaces.mode or "plain"), modules, found.outside, subspaces.provenance, str(out), warnings
-    )
+    mode, of = str(subspaces.mode or "plain"), model.peft_config[name].base_model_name_or_path
+    report = ExportReport(form, mode, modules, found.outside, subspaces.provenance, str(out), warnings, of)
     if ranks.rank != 0:
         ranks.gather(None)
         return report
@@ -264,8 +296,7 @@ def _export(
                 config.base_model_name_or_path = str(out / BASE_FOLDER)
             config.save_pretrained(str(place))
             _write_adapter(place, state, subspaces if sidecar and form == "rank2r" else None)
-        report.save_json(staged.path / REPORT_FILE)
-        _mark(staged.path / "README.md", report, model.peft_config[name].base_model_name_or_path)
+        report.save(staged.path)
         staged.publish()
     ranks.gather(None)
     return report
@@ -288,8 +319,8 @@ def live_report(model: Any, adapter: str) -> ExportReport:
         ]
     modules = [dataclasses.replace(module, leak=module.leak_before) for module in modules]
     warnings = [outside_warning(found.outside)] if found.outside else []
-    mode = str(subspaces.mode or "plain")
-    return ExportReport("rank2r", mode, modules, found.outside, subspaces.provenance, None, warnings)
+    mode, of = str(subspaces.mode or "plain"), model.peft_config[adapter].base_model_name_or_path
+    return ExportReport("rank2r", mode, modules, found.outside, subspaces.provenance, None, warnings, of)
 
 
 def _export_files(adapter: Adapter, out: Path, subspaces: Subspaces, sidecar: bool, overwrite: bool) -> ExportReport:
@@ -326,7 +357,9 @@ def _export_files(adapter: Adapter, out: Path, subspaces: Subspaces, sidecar: bo
         config.update(rescaled(config, exempt, 2))
     config["inference_mode"] = True
     warnings = ([outside_warning(outside)] if outside else []) + _unconstrained_warning(modules)
-    report = ExportReport("rank2r", subspaces.mode, modules, outside, subspaces.provenance, str(out), warnings)
+    report = ExportReport(
+        "rank2r", subspaces.mode, modules, outside, subspaces.provenance, str(out), warnings, adapter.base_model
+    )
     needed = sum(tensor.nbytes for tensor in state.values())
     check_target(out, adapter.root, [], needed, overwrite, report=REPORT_FILE)
     with StagedDirectory(out) as staged, staged.writing():
@@ -334,8 +367,7 @@ def _export_files(adapter: Adapter, out: Path, subspaces: Subspaces, sidecar: bo
         _write_adapter(staged.path, state, subspaces if sidecar else None)
         if (adapter.root / "README.md").exists():
             shutil.copyfile(adapter.root / "README.md", staged.path / "README.md")
-        report.save_json(staged.path / REPORT_FILE)
-        _mark(staged.path / "README.md", report, adapter.base_model)
+        report.save(staged.path)
         staged.publish()
     return report
 
@@ -445,24 +477,6 @@ def _write_adapter(place: Path, state: dict[str, torch.Tensor], subspaces: Subsp
     if subspaces is not None:
         mode = "packed" if subspaces.mode == "residual" else subspaces.mode
         dataclasses.replace(subspaces, mode=mode).save(place / SUBSPACE_FILE)
-
-
-def _mark(path: Path, report: ExportReport, base: str | None) -> None:
-    values = {
-        "form": report.form,
-        "initialisation": report.mode,
-        "modules": len(report.modules),
-        "largest_leak": float(f"{report.leak:.1e}"),
-        "calibrated_on": (report.subspaces.get("model") or {}).get("name_or_path") or base or "",
-    }
-    text = (
-        f"Trained with SaLoRA (arXiv 2501.01765): the update of {len(report.modules)} modules stays out of the "
-        "subspace of their outputs on refusals. It is an ordinary adapter and needs no special software. "
-        f"`{REPORT_FILE}` has the leak of each module."
-    )
-    if report.outside:
-        text += f" Outside that guarantee: {', '.join(list(report.outside)[:5])}."
-    write_mark(path, METADATA_KEY, values, "SaLoRA", text)
 
 
 def _rank_and_alpha(config: dict[str, Any], name: str) -> tuple[int, float]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 SUBSPACE_FILE = "salora_subspace.safetensors"
+REPORT_FILE = "salora_report.json"
 METADATA_KEY = "salora"
 Mode = Literal["packed", "residual", "plain"]
 _FORMAT = "salora-subspace/1"

@@ -223,7 +223,9 @@ def test_conv1d(tmp_path):
 
 def test_the_output_is_whole_or_not_there(base, found, tmp_path, monkeypatch):
     tuned = trained(base, found, "plain")
-    monkeypatch.setattr("safelora.salora.exporting._mark", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+    monkeypatch.setattr(
+        "safelora.salora.exporting.write_mention", lambda *_: (_ for _ in ()).throw(OSError(28, "no space"))
+    )
     with pytest.raises(OSError, match="no space"):
         export(tuned, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
