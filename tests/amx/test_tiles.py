@@ -181,6 +181,7 @@ CASES = {
     "deep": (Shape(3, 2, 16), (-3, 3), (-3, 3)),
     "below the normal range": (Shape(8, 8, 16), (-127, 60), (-127, -120)),
     "sums below the normal range": (Shape(8, 8, 16), (-66, -60), (-127, -122)),
+    "results below the normal range": (Shape(8, 8, 2), (-66, -62), (-127, -126)),
     "overflow": (Shape(8, 8, 16), (61, 64), (120, 127)),
     "not finite": (Shape(8, 8, 4), (126, 128), (126, 128)),
 }
