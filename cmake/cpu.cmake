@@ -6,6 +6,7 @@ set(SAFELORA_AVX512_FLAGS -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16
 if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU") # false alarms inside its own AVX-512 headers
   list(APPEND SAFELORA_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
+set(SAFELORA_AVX512_BF16_FLAGS ${SAFELORA_AVX512_FLAGS} -mavx512bf16 -mavx512vnni)
 set(SAFELORA_AMX_FLAGS ${SAFELORA_AVX512_FLAGS} -mamx-tile -mamx-bf16)
 
 add_library(
@@ -23,14 +24,17 @@ add_library(
 add_library(safelora_kernels::safelora_kernels ALIAS safelora_kernels)
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$")
+  list(JOIN SAFELORA_AVX512_BF16_FLAGS " " bf16_flags)
   list(JOIN SAFELORA_AMX_FLAGS " " amx_flags)
-  check_cxx_compiler_flag("${amx_flags}" SAFELORA_HAS_X86_FLAGS)
+  check_cxx_compiler_flag("${bf16_flags} ${amx_flags}" SAFELORA_HAS_X86_FLAGS)
   if(SAFELORA_HAS_X86_FLAGS)
     target_sources(safelora_kernels PRIVATE csrc/cpu/isa_avx2.cpp csrc/cpu/isa_avx512.cpp csrc/cpu/isa_avx512_rows.cpp
-                                            csrc/cpu/isa_avx512_thin.cpp csrc/cpu/isa_amx.cpp)
+                                            csrc/cpu/isa_avx512_thin.cpp csrc/cpu/isa_avx512_bf16.cpp csrc/cpu/isa_amx.cpp)
     set_source_files_properties(csrc/cpu/isa_avx2.cpp PROPERTIES COMPILE_OPTIONS "${SAFELORA_AVX2_FLAGS}")
     set_source_files_properties(csrc/cpu/isa_avx512.cpp csrc/cpu/isa_avx512_rows.cpp csrc/cpu/isa_avx512_thin.cpp
                                 PROPERTIES COMPILE_OPTIONS "${SAFELORA_AVX512_FLAGS}")
+    set_source_files_properties(csrc/cpu/isa_avx512_bf16.cpp
+                                PROPERTIES COMPILE_OPTIONS "${SAFELORA_AVX512_BF16_FLAGS}")
     set_source_files_properties(csrc/cpu/isa_amx.cpp PROPERTIES COMPILE_OPTIONS "${SAFELORA_AMX_FLAGS}")
     target_compile_definitions(safelora_kernels PRIVATE SAFELORA_X86=1)
   else()

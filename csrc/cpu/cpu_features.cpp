@@ -13,7 +13,7 @@
 namespace safelora {
 namespace {
 
-constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx};
+constexpr Isa kAll[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 
 #ifdef SAFELORA_X86
 // AMX-TILE and AMX-BF16, and the system's leave to use them.
@@ -46,7 +46,7 @@ Isa choose() {
                                ": this CPU cannot run it; unset the variable to take the best path it has");
     }
   throw std::runtime_error("SAFELORA_CPU_ISA=" + std::string(asked) +
-                           ": unknown; expected one of amx, avx512, avx2, scalar");
+                           ": unknown; expected one of amx, avx512_bf16, avx512, avx2, scalar");
 }
 
 }  // namespace
@@ -55,6 +55,7 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::amx: return "amx";
     case Isa::scalar: break;
   }
@@ -69,6 +70,8 @@ bool isa_supported(Isa isa) {
   switch (isa) {
     case Isa::avx2: return avx2;
     case Isa::avx512: return avx512;
+    case Isa::avx512_bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
     case Isa::amx: {
       static const bool usable = avx512 && amx_usable();
       return usable;
@@ -92,6 +95,7 @@ static const IsaTable& table() {
 #ifdef SAFELORA_X86
   switch (active_isa()) {
     case Isa::amx:
+    case Isa::avx512_bf16:
     case Isa::avx512: return avx512_table();
     case Isa::avx2: return avx2_table();
     case Isa::scalar: break;
@@ -112,6 +116,7 @@ const Kernels<double>& kernels<double>() {
 
 const ThinKernels* thin_kernels() {
 #ifdef SAFELORA_X86
+  if (active_isa() >= Isa::avx512_bf16 && isa_supported(Isa::avx512_bf16)) return &avx512_bf16_thin();
   if (active_isa() >= Isa::avx512) return &avx512_thin();
 #endif
   return nullptr;

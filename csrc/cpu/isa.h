@@ -66,7 +66,8 @@ struct RowKernels {
   void (*pass2)(const RowLayer& layer, std::int64_t first, std::int64_t last, const std::uint32_t* y, float* out);
 };
 
-// Products of a block of rows of bf16 with thin fp32 matrices: isa_avx512_thin.cpp. Depths are multiples of 16.
+// Products of a block of rows of bf16 with thin fp32 matrices: isa_avx512_thin.cpp, isa_avx512_bf16.cpp. Depths are
+// multiples of 16.
 constexpr std::int64_t kThinRows = 64;     // of a block at most
 constexpr std::int64_t kThinColumns = 64;  // widened at a time
 constexpr std::int64_t kThinWidth = 32;    // columns of a panel that expands
@@ -92,6 +93,7 @@ struct ThinExpansion {
   std::int64_t out_stride, rows, cols, depth;
   const float* coefficients;
   const std::uint32_t* panels;  // P, packed
+  std::uint32_t* scratch;       // kThinRows·depth/2 words
 };
 
 struct ThinKernels {
@@ -111,6 +113,7 @@ const IsaTable& avx512_table();
 const RowKernels& avx512_rows();
 const RowKernels& amx_rows();
 const ThinKernels& avx512_thin();
+const ThinKernels& avx512_bf16_thin();
 #endif
 
 template <class T>

@@ -85,6 +85,7 @@ class Layer {
     if (!std::is_same_v<T, float> || rows_ < 128 || layer_.aligned.cols < 128) return nullptr;
     switch (active_isa()) {
       case Isa::amx: return &amx_rows();
+      case Isa::avx512_bf16:
       case Isa::avx512: return &avx512_rows();
       default: return nullptr;
     }

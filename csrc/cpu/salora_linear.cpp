@@ -69,6 +69,7 @@ void forward_bf16(const SaloraForward& f, const ThinKernels& kernel, const float
   const Buffer<std::uint32_t> bt = expansion(kernel, b, d_out, r, f.scaling);
   run_tasks(threads, ceil_div(tokens, kTokens), [&](const NextTask& next) {
     Buffer<float> h(kTokens * r);
+    Buffer<std::uint32_t> scratch(kTokens * r / 2);
     for (std::int64_t task; (task = next()) >= 0;) {
       const std::int64_t i = task * kTokens, n = std::min(kTokens, tokens - i);
       ThinContraction c;
@@ -84,7 +85,7 @@ void forward_bf16(const SaloraForward& f, const ThinKernels& kernel, const float
       kernel.contract(c);
       kernels<float>().store(h.get(), r, f.h, i, n, 0, rank);
       kernel.expand({row(f.base_output, i), f.base_output.row_stride, row(f.y, i), f.y.row_stride, n, d_out, r, h.get(),
-                     bt.get()});
+                     bt.get(), scratch.get()});
     }
   });
 }
@@ -208,7 +209,8 @@ class Bf16Blocks {
 
   struct Scratch {
     Buffer<float> t, h;
-    explicit Scratch(std::int64_t r) : t(kTokens * r), h(kTokens * r) {}
+    Buffer<std::uint32_t> words;
+    explicit Scratch(std::int64_t r) : t(kTokens * r), h(kTokens * r), words(kTokens * r / 2) {}
   };
 
   // `last`: where the tokens end that come after these.
@@ -249,7 +251,9 @@ class Bf16Blocks {
       c.next_stride = b_.grad_y.row_stride;
       kernel_.contract(c);
     }
-    if (want_x) kernel_.expand({nullptr, 0, row(b_.grad_x, i), b_.grad_x.row_stride, n, b_.x.cols, r_, t, a_.get()});
+    if (want_x)
+      kernel_.expand(
+          {nullptr, 0, row(b_.grad_x, i), b_.grad_x.row_stride, n, b_.x.cols, r_, t, a_.get(), scratch.words.get()});
   }
 
  private:

@@ -89,16 +89,5 @@ class Target {
   __mmask32 mask_;
 };
 
-// `rows` ≤ 16 rows of 16, times scale, as 16 rows of `ld`; zero beyond.
-void transpose16(const float* from, std::int64_t rows, float scale, float* to, std::int64_t ld) {
-  const __m512i index = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                           _mm512_set1_epi32(kLanes));
-  const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
-  for (std::int64_t q = 0; q < kLanes; ++q)
-    _mm512_storeu_ps(
-        to + q * ld,
-        _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, index, from + q, 4)));
-}
-
 }  // namespace
 }  // namespace safelora::detail

@@ -53,7 +53,7 @@ def _load() -> tuple[bool, str]:
 
 
 STATUS = _load()
-_PATHS = ("scalar", "avx2", "avx512", "amx")  # in the order of Isa, csrc/include/safelora/kernels.h
+_PATHS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # in the order of Isa, csrc/include/safelora/kernels.h
 
 
 def code_path() -> str:

@@ -27,6 +27,7 @@ NEEDED = {
     "scalar": set(),
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512bw", "avx512vl"},
+    "avx512_bf16": {"avx512_bf16", "avx512_vnni", "avx512bw", "avx512vl"},
     "amx": {"amx_tile", "amx_bf16", "avx512f", "avx512bw"},
 }
 

@@ -83,12 +83,18 @@ def test_an_operator_that_raises_is_a_failed_check(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(not NATIVE, reason=f"no native kernels: {sk.backends()['cpu'].reason}")
-@pytest.mark.parametrize("path", ["scalar", "avx2", "avx512", "amx"])
+@pytest.mark.parametrize("path", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_the_code_path_is_that_of_the_kernels(path: str) -> None:
     """Forced to a path the doctor names it, or reports why this CPU cannot take it, and is not healthy."""
     code = "from safelora_kernels import doctor; print(doctor.environment()['cpu code path'])"
     found = python(code, SAFELORA_CPU_ISA=path).stdout.strip()
-    needed = {"scalar": set(), "avx2": {"avx2"}, "avx512": {"avx512f", "avx512dq"}, "amx": {"avx512f", "amx_bf16"}}
+    needed = {
+        "scalar": set(),
+        "avx2": {"avx2"},
+        "avx512": {"avx512f", "avx512dq"},
+        "avx512_bf16": {"avx512_bf16", "avx512_vnni"},
+        "amx": {"avx512f", "amx_bf16"},
+    }
     if needed[path] <= cpu_flags():
         assert found == path
     else:

@@ -94,6 +94,42 @@ def test_rows_of_bf16(backend: str, shape: tuple[int, int, int, int, int], facto
         assert_accurate(tensor.grad, expected, FP32_BOUND, f"gradient of {name}")  # type: ignore[arg-type]
 
 
+def thin_bound(left: Tensor, thin: Tensor, right: Tensor, thin_error: Tensor, right_error: Tensor) -> Tensor:
+    """Of ``left·thin·right`` before rounding, with ``thin`` and ``right`` off by their errors: docs/numerics.md."""
+    depth = right.shape[0]
+    h = left @ thin
+    gamma = (left.shape[1] + depth + 3) * 2.0**-24
+    sums = left.abs() @ (gamma * thin.abs() + thin_error) @ right.abs() + h.abs() @ right_error
+    return sums + depth**0.5 * 2.0**-15 * h.norm(dim=1, keepdim=True) * right.norm(dim=0, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", ["random", "parallel", "outliers"])
+@pytest.mark.parametrize("rank", [1, 16, 33, 300])
+def test_every_element_of_bf16_results_is_within_its_bound(backend: str, rank: int, kind: str) -> None:
+    """Parallel vectors make the largest sums there can be, outliers the widest range of numbers in one vector."""
+    x, base, a, b, u = inputs(40, 70, 50, rank, 4, torch.bfloat16, torch.float32)
+    if kind == "parallel":
+        x, a, b, u = x.abs(), a[:1].abs().expand(rank, -1).contiguous(), torch.full_like(b, 0.3), torch.zeros(50, 0)
+    elif kind == "outliers":
+        x[:, ::7] *= 1000
+        a, b = a * 10 ** (3 * torch.randn(rank, 1)), b * 10 ** (2 * torch.randn(50, 1))
+    base, x = base.mul_(0.01), x.requires_grad_()
+    y = sk.salora_linear(x, base, a, b, u, 0.7, backend=backend)
+    grad = torch.randn(40, 50).bfloat16()
+    (dx,) = torch.autograd.grad(y, x, grad)
+    wx, wa, wb, wu = (t.detach().double() for t in (x, a, b, u))
+    projected, s = truth.project_out(b, u), 0.7
+    off = (50 + u.shape[1] + 2) * 2.0**-24 * (wb.abs() + wu.abs() @ wu.abs().T @ wb.abs())
+    none = torch.zeros(1, 1, dtype=torch.float64)
+    for result, expected, bound in [
+        (y, base.double() + s * wx @ wa.T @ projected.T, thin_bound(wx, wa.T, projected.T, none, off.T)),
+        (dx, s * grad.double() @ projected @ wa, thin_bound(grad.double(), projected, wa, off, 0 * wa)),
+    ]:
+        allowed = 1.01 * s * bound + 2.0**-8 * expected.abs()
+        error = (result.detach().double() - expected).abs()
+        assert bool((error <= allowed).all()), float((error / allowed).max())
+
+
 @pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16])
 def test_error_is_no_more_than_that_of_torch_in_bf16(backend: str, factor: torch.dtype) -> None:
     plain = inputs(150, 300, 260, 16, 8, torch.bfloat16, factor)

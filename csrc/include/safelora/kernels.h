@@ -43,7 +43,7 @@ struct Threads {
 // `count` std::threads started per call; 0 takes the number of hardware threads. For callers without a pool.
 SAFELORA_API Threads std_threads(int count = 0);
 
-enum class Isa : std::uint8_t { scalar, avx2, avx512, amx };
+enum class Isa : std::uint8_t { scalar, avx2, avx512, avx512_bf16, amx };
 
 // The path kernels take on this CPU, or the one SAFELORA_CPU_ISA asks for.
 // Throws std::runtime_error if that name is unknown or the CPU lacks it.
