@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .backends import OPS, launcher
-from .reference import autocast_off, basis_gradient, compute_dtype, gram_apply_gradients
+from .reference import (
+    autocast_off,
+    basis_gradient,
+    compute_dtype,
+    gram_apply_gradients,
+    salora_backward,
+    salora_intermediates,
+)
 from .reference import gram as reference_gram
 from .validation import wants_grad
 
@@ -178,7 +184,7 @@ class GramApply(torch.autograd.Function):
 
 
 class Gram(torch.autograd.Function):
-    """``Xᵀ diag(w) X``, differentiable once: ``dX = w ∘ X (G + Gᵀ)`` and ``dw = ½ rowsum(X ∘ X (G + Gᵀ))``."""
+    """``Xᵀ diag(w) X``: ``dX = w ∘ X (G + Gᵀ)`` and ``dw = ½ rowsum(X ∘ X (G + Gᵀ))``, differentiable in turn."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -186,7 +192,6 @@ class Gram(torch.autograd.Function):
         return reference_gram(x, weights, dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weights = ctx.saved_tensors
         need_x, need_weights, _ = ctx.needs_input_grad
@@ -199,7 +204,10 @@ class Gram(torch.autograd.Function):
 
 
 class SaloraLinear(torch.autograd.Function):
-    """``y = base_output + s (x Aᵀ) (B − U (Uᵀ B))ᵀ``, differentiable once in every tensor."""
+    """``y = base_output + s (x Aᵀ) (B − U (Uᵀ B))ᵀ``, differentiable any number of times in every tensor.
+
+    A backward pass that is itself recorded (create_graph=True) is plain torch; any other takes the kernel.
+    """
 
     @staticmethod
     def forward(
@@ -219,15 +227,19 @@ class SaloraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
         needs = ctx.needs_input_grad
         wanted = [needs[0], needs[2], needs[3], needs[4]]
         dx = dA = dB = dU = None
-        if any(wanted):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            x, _, lora_A, lora_B, _, basis = saved
+            h, projected_B = salora_intermediates(x, lora_A, lora_B, basis)
+            dx, dA, dB, dU = salora_backward(dy, x, h, lora_A, lora_B, projected_B, basis, ctx.scaling, wanted)
+        elif any(wanted):
             run = launcher("salora_linear_backward", saved, ctx.backend)
-            grads = run(dy, *saved, ctx.scaling, wanted)
+            with torch.no_grad():
+                grads = run(dy, *saved, ctx.scaling, wanted)
             dx, dA, dB, dU = (grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
         return dx, dy if needs[1] else None, dA, dB, dU, None, None
 

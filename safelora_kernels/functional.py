@@ -448,7 +448,7 @@ def gram(x: Tensor, weights: Tensor | None = None, *, out_dtype: torch.dtype | N
     Blocks of rows are widened and multiplied by the BLAS of torch on any device, and only the half on and below the
     diagonal: this is its home ground, so no operator stands behind it, and the bits may follow the number of threads.
     Autocast changes nothing: a Gram matrix rounded to half precision is indefinite.
-    Where d is large, :func:`gram_apply` needs no d×d matrix. Differentiable in x and weights, once.
+    Where d is large, :func:`gram_apply` needs no d×d matrix. Differentiable in x and weights, any number of times.
 
     Args:
         x: (tokens, d); tokens = 0 gives zeros.
@@ -489,9 +489,11 @@ def salora_linear(
     """A linear layer's output plus a LoRA update kept out of a subspace.
 
     ``y = base_output + s (x Aᵀ) (B − U (Uᵀ B))ᵀ``. The projection is applied to the weight, ``4 d_out r k`` FLOP per
-    call, never to the activations. Differentiable once, in every tensor, with G = ∂L/∂y read once::
+    call, never to the activations. Differentiable in every tensor, with G = ∂L/∂y read once::
 
         dx = s (G B̃) A      dA = s (G B̃)ᵀ x      dB = s (I − U Uᵀ) Gᵀ (x Aᵀ)      dbase_output = G
+
+    With ``create_graph=True`` the gradients are plain torch and differentiable in turn; not so under torch.compile.
 
     Args:
         x: (..., d_in).
@@ -504,9 +506,6 @@ def salora_linear(
 
     Returns:
         (..., d_out) in the dtype of ``base_output``.
-
-    Raises:
-        RuntimeError: also on a second backward pass through the gradient.
 
     Source: SaLoRA, arXiv 2501.01765.
     """

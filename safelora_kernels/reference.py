@@ -317,12 +317,17 @@ def salora_linear(
 def salora_forward(
     x: Tensor, base_output: Tensor, lora_A: Tensor, lora_B: Tensor, basis: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The output of :func:`salora_linear` with its two intermediates ``h = x Aᵀ`` and ``B̃ = B − U (Uᵀ B)``."""
+    """The output of :func:`salora_linear` with its two intermediates."""
+    with autocast_off(x):
+        h, projected_B = salora_intermediates(x, lora_A, lora_B, basis)
+        return (base_output.to(h.dtype) + scaling * (h @ projected_B.mT)).to(base_output.dtype), h, projected_B
+
+
+def salora_intermediates(x: Tensor, lora_A: Tensor, lora_B: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """``h = x Aᵀ`` and ``B̃ = B − U (Uᵀ B)`` in the precision of the sums."""
     with autocast_off(x):
         dtype = compute_dtype(x.dtype)
-        h = x.to(dtype) @ lora_A.to(dtype).mT
-        projected_B = project_out(lora_B.to(dtype), basis)
-        return (base_output.to(dtype) + scaling * (h @ projected_B.mT)).to(base_output.dtype), h, projected_B
+        return x.to(dtype) @ lora_A.to(dtype).mT, project_out(lora_B.to(dtype), basis)
 
 
 def salora_backward(

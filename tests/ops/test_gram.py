@@ -211,6 +211,7 @@ def test_gram_gradients() -> None:
     weights = torch.randn(8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(sk.gram, (x,))
     assert torch.autograd.gradcheck(sk.gram, (x, weights))
+    assert torch.autograd.gradgradcheck(sk.gram, (x, weights))
     narrow = torch.randn(8, 5, dtype=torch.bfloat16, requires_grad=True)
     sk.gram(narrow).sum().backward()
     assert narrow.grad is not None
