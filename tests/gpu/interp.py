@@ -166,12 +166,27 @@ def _check(pointers: Any, mask: Any, what: str) -> None:
         raise IndexError(f"out-of-bounds {what} of {int(outside.sum())} element(s), the first at {first:#x}")
 
 
+_patch_lang = interpreter._patch_lang
+_patched: set[int] = set()  # what the functions called in this launch have for globals
+
+
+def _patch_once(function: Any) -> Any:
+    """At every call of a function the interpreter looks for builtins to replace, a quarter of its time: once will do."""
+    place = id(function.__globals__)
+    if place in _patched:
+        return interpreter._LangPatchScope()
+    _patched.add(place)
+    return _patch_lang(function)
+
+
 class _Executor(interpreter.GridExecutor):  # type: ignore[misc]
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        _patched.clear()  # the launch before this one has put the language back
         _allow([value for value in (*args, *kwargs.values(), *_reachable) if isinstance(value, Tensor)])
         super().__call__(*args, **kwargs)
 
 
 interpreter.interpreter_builder.__class__ = _Builder
 interpreter.GridExecutor = _Executor
+interpreter._patch_lang = _patch_once
 interpreter.ReduceScanOpInterface.apply = _refuse_bf16(interpreter.ReduceScanOpInterface.apply)
