@@ -9,9 +9,15 @@ find_package(CUDAToolkit REQUIRED)
 
 set(SAFELORA_CUDA_ARCHITECTURES 80 86 89 90a 100a 120 CACHE STRING "Architectures with machine code; PTX is added for the first and the last one")
 option(SAFELORA_CUDA_STRICT "Make nvcc's warnings errors, register spills and local memory among them" OFF)
+# The sources tell apart what is older and newer than sm_90 and no more, so the front end, most of the time of a build, runs
+# once for all the older ones: ptxas makes their machine code from the same PTX.
 set(gencode "")
+set(front "")
 foreach(architecture IN LISTS SAFELORA_CUDA_ARCHITECTURES)
-  list(APPEND gencode "SHELL:-gencode arch=compute_${architecture},code=sm_${architecture}")
+  if(front STREQUAL "" OR NOT architecture MATCHES "^8[0-9]$" OR architecture LESS front)
+    set(front ${architecture})
+  endif()
+  list(APPEND gencode "SHELL:-gencode arch=compute_${front},code=sm_${architecture}")
 endforeach()
 list(GET SAFELORA_CUDA_ARCHITECTURES 0 oldest)
 list(GET SAFELORA_CUDA_ARCHITECTURES -1 newest)
