@@ -1,11 +1,15 @@
 include(CMakePackageConfigHelpers)
 
 set(config_dir "${CMAKE_INSTALL_LIBDIR}/cmake/safelora_kernels")
+# Each component can be installed without the other: what both need goes with both.
+set(components cpp)
+if(SAFELORA_CUDA)
+  list(APPEND components cuda)
+endif()
 install(
   TARGETS safelora_kernels
   EXPORT safelora_kernels
   COMPONENT cpp)
-install(DIRECTORY csrc/include/safelora DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}" COMPONENT cpp)
 install(
   EXPORT safelora_kernels
   NAMESPACE safelora_kernels::
@@ -18,20 +22,23 @@ if(SAFELORA_CUDA)
   install(
     TARGETS safelora_kernels_cuda
     EXPORT safelora_kernels_cuda
-    COMPONENT cpp)
+    COMPONENT cuda)
   install(
     EXPORT safelora_kernels_cuda
     NAMESPACE safelora_kernels::
     FILE safelora_kernelsCudaTargets.cmake
     DESTINATION "${config_dir}"
-    COMPONENT cpp)
+    COMPONENT cuda)
 endif()
 
 configure_package_config_file(cmake/safelora_kernelsConfig.cmake.in safelora_kernelsConfig.cmake
                               INSTALL_DESTINATION "${config_dir}")
 write_basic_package_version_file(safelora_kernelsConfigVersion.cmake COMPATIBILITY SameMinorVersion)
-install(
-  FILES "${CMAKE_CURRENT_BINARY_DIR}/safelora_kernelsConfig.cmake"
-        "${CMAKE_CURRENT_BINARY_DIR}/safelora_kernelsConfigVersion.cmake"
-  DESTINATION "${config_dir}"
-  COMPONENT cpp)
+foreach(component IN LISTS components)
+  install(DIRECTORY csrc/include/safelora DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}" COMPONENT ${component})
+  install(
+    FILES "${CMAKE_CURRENT_BINARY_DIR}/safelora_kernelsConfig.cmake"
+          "${CMAKE_CURRENT_BINARY_DIR}/safelora_kernelsConfigVersion.cmake"
+    DESTINATION "${config_dir}"
+    COMPONENT ${component})
+endforeach()

@@ -29,7 +29,7 @@ function(safelora_torch_module name)
   target_compile_options(${name} PRIVATE "-ffile-prefix-map=${SAFELORA_TORCH_DIR}/include/=")
   target_compile_definitions(${name} PRIVATE TORCH_TARGET_VERSION=${SAFELORA_TORCH_TARGET_VERSION})
   # libtorch_cpu carries copies of a few libstdc++ functions; named first, the real ones win.
-  target_link_libraries(${name} PRIVATE safelora_options safelora_kernels $<$<CXX_COMPILER_ID:GNU>:stdc++> "${SAFELORA_TORCH_CPU}")
+  target_link_libraries(${name} PRIVATE safelora_options $<$<CXX_COMPILER_ID:GNU>:stdc++> "${SAFELORA_TORCH_CPU}")
   set_target_properties(
     ${name}
     PROPERTIES PREFIX ""
@@ -45,12 +45,18 @@ function(safelora_torch_module name)
 endfunction()
 
 add_library(_C MODULE csrc/torch/library.cpp)
+target_link_libraries(_C PRIVATE safelora_kernels)
 safelora_torch_module(_C)
 
 # A file of its own, so that CPU users need not carry it, and so that the CPU kernels load where this one does not.
 if(SAFELORA_CUDA)
+  # An archive, because its symbols stay inside, and one of its own: the CPU kernels are not needed here.
+  add_library(safelora_debug STATIC EXCLUDE_FROM_ALL csrc/cpu/debug.cpp)
+  target_include_directories(safelora_debug PRIVATE csrc/include)
+  target_link_libraries(safelora_debug PRIVATE safelora_options)
+  set_target_properties(safelora_debug PROPERTIES POSITION_INDEPENDENT_CODE ON CXX_VISIBILITY_PRESET hidden)
   add_library(_CUDA MODULE csrc/torch/cuda_library.cpp csrc/torch/cuda_call.cpp)
-  target_link_libraries(_CUDA PRIVATE safelora_kernels_cuda)
+  target_link_libraries(_CUDA PRIVATE safelora_kernels_cuda safelora_debug)
   safelora_torch_module(_CUDA)
   set_target_properties(_CUDA PROPERTIES LINKER_LANGUAGE CXX)
 endif()

@@ -174,7 +174,7 @@ int main() {
 
 def test_cpp_component(library: Path, tmp_path: Path) -> None:
     """find_package(safelora_kernels COMPONENTS cuda), linked without torch; without a GPU the error is CUDA's own."""
-    run(tool("cmake"), "--install", library.parent, "--component", "cpp", "--prefix", tmp_path / "prefix")
+    run(tool("cmake"), "--install", library.parent, "--component", "cuda", "--prefix", tmp_path / "prefix")
     (tmp_path / "main.cpp").write_text(CONSUMER)
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.18)\nproject(consumer CXX)\n"
@@ -187,6 +187,11 @@ def test_cpp_component(library: Path, tmp_path: Path) -> None:
     run(tool("cmake"), "--build", tree)
     assert re.match(r"sm_\d+|cudaDeviceGetAttribute: cudaError", run(tree / "consumer").stdout)
     assert not re.search(r"NEEDED.*(torch|libcuda)", run("readelf", "-d", "-W", tree / "consumer").stdout)
+    # The CPU library is a component of its own, which is not here.
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(consumer CXX)\nfind_package(safelora_kernels REQUIRED)\n"
+    )
+    assert "ask for COMPONENTS cuda" in run(tool("cmake"), tree, fails=True).stderr
 
 
 @pytest.fixture
