@@ -324,7 +324,10 @@ def test_result_that_does_not_fit_its_dtype(inputs, tmp_path):
         ({"arrow_config": {"top_k": 2}}, "Arrow"),
         ({"target_parameters": "experts.gate_up_proj"}, "expected a list of names"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
-        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+        *(
+            ({"init_lora_weights": init}, "path_initial_model_for_weight_conversion")
+            for init in ("pissa", "olora", "corda", "lora_ga", "loftq")
+        ),
         ({"peft_type": "LOHA"}, "only LORA"),
         ({"peft_type": None}, "only LORA"),
         ({"layer_replication": [[0, 1]]}, "outside layer_replication"),

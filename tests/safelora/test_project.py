@@ -125,6 +125,15 @@ def test_subsets_patterns_and_regexes_pair_by_name(tmp_path, pickled):
     check_modules(report, tmp_path / "out", given, by_name(base, aligned))
 
 
+def test_pickled_factors_that_are_kept_keep_their_bits(tmp_path, pair):
+    """They are held in memory once: what a projection tried must not come back from there."""
+    given = factors(llama_modules())
+    adapter = write_adapter(tmp_path / "adapter", given, pickled=True)
+    report = project_adapter(adapter, tmp_path / "base", tmp_path / "aligned", tmp_path / "out", num_layers=1)
+    assert len(report.projected) == 1
+    check_modules(report, tmp_path / "out", given, by_name(*pair))
+
+
 def test_result_of_a_module_does_not_depend_on_the_others(tmp_path, pair):
     """Each module alone gives the same bits as all of them together."""
     given = factors(llama_modules(names=("q_proj", "k_proj", "v_proj", "o_proj")))
@@ -211,6 +220,19 @@ def test_embedding_and_head(tmp_path, tied, flag):
         expected, cosine, _ = truth(*weights, b, a)
         assert report.modules[suffix == ""].cosine == pytest.approx(cosine, abs=COSINE_TOLERANCE)
         assert error_of(written[f"{PREFIX}{stem}B{suffix}"], expected) <= KERNEL
+
+
+@pytest.mark.parametrize("shape", [(33, 16), (24, 33)])
+def test_embeddings_of_another_width_are_no_resized_vocabulary(tmp_path, shape):
+    weights = {"model.embed_tokens.weight": torch.randn(shape)}
+    given = {
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.randn(4, 33),
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": torch.randn(24, 4),
+    }
+    adapter = write_adapter(tmp_path / "adapter", given)
+    models = [write_checkpoint(tmp_path / name, tensors) for name, tensors in (("b", weights), ("a", shifted(weights)))]
+    with pytest.raises(SafeLoraError, match="fit a weight of shape"):
+        project_adapter(adapter, *models, threshold=1, dry_run=True)
 
 
 def test_resized_vocabulary_is_skipped_and_said(tmp_path):
