@@ -31,12 +31,56 @@ if DEVICE != "cpu":
 _PROBE = torch.zeros(1)
 AVAILABLE = [name for name in sk.backends() if sk.explain("select_layers", _PROBE, threshold=0.0, backend=name).backend]
 PACKAGES = ("safelora_kernels", "safelora")
+# The files that take longest. They start first, or one worker would be left with one of them when all others are done.
+LONGEST = (
+    "gpu/test_triton_aot.py",
+    "gpu/test_cuda_build.py",
+    "gpu/test_cuda_ops.py",
+    "gpu/test_cuda_cluster.py",
+    "gpu/test_triton_project.py",
+    "gpu/test_triton_ptx.py",
+    "gpu/test_emulator.py",
+    "gpu/test_cuda_project.py",
+    "ops/test_code_paths.py",
+    "ops/test_boundary.py",
+    "packaging/test_cpp_library.py",
+    "ops/test_backends.py",
+)
+# These share one build of the library and one wheel, so one worker takes them all.
+BUILDS = {f"tests/packaging/{name}.py" for name in ("test_binary", "test_cpp_library", "test_install")}
 
 
 @pytest.fixture(params=AVAILABLE)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that runs on this machine, by name."""
     return str(request.param)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # would put the files with most tests first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in places), f"LONGEST names a file that is not there: {LONGEST}"
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files to workers, as --dist loadfile does."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "builds" if file in BUILDS else file
+
+    return Files(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

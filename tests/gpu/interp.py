@@ -171,7 +171,7 @@ _patched: set[int] = set()  # what the functions called in this launch have for 
 
 
 def _patch_once(function: Any) -> Any:
-    """At every call of a function the interpreter looks for builtins to replace, a quarter of its time: once will do."""
+    """The interpreter looks for builtins to replace at each call of a function, a quarter of its time: once will do."""
     place = id(function.__globals__)
     if place in _patched:
         return interpreter._LangPatchScope()
