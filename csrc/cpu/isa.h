@@ -98,6 +98,9 @@ struct ThinExpansion {
 
 struct ThinKernels {
   void (*contract)(const ThinContraction& contraction);
+  // The product by P alone, with all of P bf16: pairs of its rows [panel][(cols+1)/2][16]. Null where it gains nothing.
+  void (*pack_pairs)(const float* panel, std::int64_t cols, std::uint32_t* pairs);
+  void (*contract_pairs)(const ThinContraction& contraction, const std::uint32_t* pairs);
   std::int64_t (*expansion_size)(std::int64_t cols, std::int64_t depth);  // words of P, packed
   // P = scale·Mᵀ from M as [depth/16][cols][16]
   void (*pack_expansion)(const float* m, std::int64_t cols, std::int64_t depth, float scale, std::uint32_t* words);

@@ -58,11 +58,7 @@ void contract(const ThinContraction& c) {
         _mm512_store_ps(x + i * kLd + q, v.left);
         _mm512_store_ps(x + i * kLd + q + 16, v.right);
       }
-    Wanted wanted;
-    if (j + 2 * kThinColumns <= c.cols)
-      wanted = {data + 2 * (j + kThinColumns), row_bytes, c.rows};
-    else if (j + kThinColumns >= c.cols && c.next != nullptr)
-      wanted = {static_cast<const char*>(c.next), 2 * c.next_stride, c.rows};
+    Wanted wanted(c, j, kThinColumns);
     for (std::int64_t p = 0; p < c.panels; ++p) {
       const std::int64_t at = (p * c.cols + j) * kLanes;
       if (c.rows_out != nullptr)
@@ -135,7 +131,7 @@ void expand(const ThinExpansion& e) { e.base != nullptr ? expand_all<true>(e) : 
 }  // namespace
 
 const ThinKernels& avx512_thin() {
-  static const ThinKernels kernels = {contract, expansion_size, pack_expansion, expand};
+  static const ThinKernels kernels = {contract, nullptr, nullptr, expansion_size, pack_expansion, expand};
   return kernels;
 }
 

@@ -222,6 +222,9 @@ auto with_type(DType dtype, F&& f) {
   return f(float{});
 }
 
+// Rows at a time of what is stored by columns: their lines on the other side stay in L1.
+constexpr std::int64_t kColumnRows = 64;
+
 template <class T>
 void load_block(const ConstMatrix& m, std::int64_t i0, std::int64_t rows, std::int64_t j0, std::int64_t cols, T* dst,
                 std::int64_t ld) {
@@ -229,8 +232,10 @@ void load_block(const ConstMatrix& m, std::int64_t i0, std::int64_t rows, std::i
     using S = decltype(tag);
     const S* src = static_cast<const S*>(m.data) + i0 * m.row_stride + j0 * m.col_stride;
     if (m.col_stride != 1 && m.row_stride == 1) {  // stored by columns: walk the memory, scatter into the block
-      for (std::int64_t j = 0; j < cols; ++j)
-        for (std::int64_t i = 0; i < rows; ++i) dst[i * ld + j] = static_cast<T>(widen(src[j * m.col_stride + i]));
+      for (std::int64_t start = 0; start < rows; start += kColumnRows)
+        for (std::int64_t j = 0; j < cols; ++j)
+          for (std::int64_t i = start; i < rows && i < start + kColumnRows; ++i)
+            dst[i * ld + j] = static_cast<T>(widen(src[j * m.col_stride + i]));
     } else {
       for (std::int64_t i = 0; i < rows; ++i) widen_row(src + i * m.row_stride, m.col_stride, cols, dst + i * ld);
     }
@@ -304,6 +309,13 @@ void store_block(const T* src, std::int64_t ld, const Matrix& m, std::int64_t i0
   with_type(m.dtype, [&](auto tag) {
     using S = decltype(tag);
     S* dst = static_cast<S*>(m.data) + i0 * m.row_stride + j0 * m.col_stride;
+    if (m.col_stride != 1 && m.row_stride == 1) {
+      for (std::int64_t start = 0; start < rows; start += kColumnRows)
+        for (std::int64_t j = 0; j < cols; ++j)
+          for (std::int64_t i = start; i < rows && i < start + kColumnRows; ++i)
+            narrow(src[i * ld + j], dst[j * m.col_stride + i]);
+      return;
+    }
     for (std::int64_t i = 0; i < rows; ++i) {
       S* row = dst + i * m.row_stride;
       if (m.col_stride == 1)

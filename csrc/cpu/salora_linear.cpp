@@ -67,6 +67,10 @@ void forward_bf16(const SaloraForward& f, const ThinKernels& kernel, const float
   const std::int64_t tokens = f.x.rows, d_in = f.x.cols, d_out = f.y.cols, rank = f.lora_A.rows;
   const std::int64_t panels = panel_count(rank), r = panels * kLanes;
   const Buffer<std::uint32_t> bt = expansion(kernel, b, d_out, r, f.scaling);
+  const std::int64_t pairs = ceil_div(d_in, 2) * kLanes;
+  Buffer<std::uint32_t> a_pairs(f.lora_A.dtype == DType::bf16 && kernel.contract_pairs != nullptr ? panels * pairs : 0);
+  for (std::int64_t p = 0; p < panels && a_pairs.size() > 0; ++p)
+    kernel.pack_pairs(a + p * d_in * kLanes, d_in, a_pairs.get() + p * pairs);
   run_tasks(threads, ceil_div(tokens, kTokens), [&](const NextTask& next) {
     Buffer<float> h(kTokens * r);
     Buffer<std::uint32_t> scratch(kTokens * r / 2);
@@ -82,7 +86,7 @@ void forward_bf16(const SaloraForward& f, const ThinKernels& kernel, const float
       c.rows_out = h.get();
       c.next = row(f.base_output, i);
       c.next_stride = f.base_output.row_stride;
-      kernel.contract(c);
+      a_pairs.size() > 0 ? kernel.contract_pairs(c, a_pairs.get()) : kernel.contract(c);
       kernels<float>().store(h.get(), r, f.h, i, n, 0, rank);
       kernel.expand({row(f.base_output, i), f.base_output.row_stride, row(f.y, i), f.y.row_stride, n, d_out, r, h.get(),
                      bt.get(), scratch.get()});

@@ -40,21 +40,29 @@ __m512i narrowed(Wide v) {
 #endif
 }
 
-// Lines that will be wanted, of `left` rows: one is asked for with every step of the arithmetic.
-struct Wanted {
-  static constexpr int kLines = kThinColumns / 32;
-  const char* at = nullptr;
-  std::int64_t row_bytes = 0, left = 0;
-  int line = 0;
-  void next() {
-    if (left == 0) return;
-    __builtin_prefetch(at + line * 64, 0, 2);
-    if (++line == kLines) {
-      line = 0;
-      at += row_bytes;
-      --left;
-    }
+// The lines that are worked on after columns j … j+cols of a contraction: one is asked for with every step of the
+// arithmetic.
+class Wanted {
+ public:
+  Wanted(const ThinContraction& c, std::int64_t j, std::int64_t cols) : lines_(cols / 32) {
+    const bool last = j + cols >= c.cols;
+    if (last ? c.next == nullptr : j + 2 * cols > c.cols) return;
+    at_ = last ? static_cast<const char*>(c.next) : static_cast<const char*>(c.x) + 2 * (j + cols);
+    row_bytes_ = 2 * (last ? c.next_stride : c.row_stride);
+    rows_ = c.rows;
   }
+  void next() {
+    if (rows_ == 0) return;
+    __builtin_prefetch(at_ + line_ * 64, 0, 2);
+    if (++line_ < lines_) return;
+    line_ = 0;
+    at_ += row_bytes_;
+    --rows_;
+  }
+
+ private:
+  const char* at_ = nullptr;
+  std::int64_t row_bytes_ = 0, rows_ = 0, line_ = 0, lines_;
 };
 
 // Where M rows of 32 columns of an expansion go: base added, rounded, stored.

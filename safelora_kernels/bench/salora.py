@@ -22,17 +22,18 @@ def salora(
     rank: int,
     k: int,
     dtype: torch.dtype = torch.bfloat16,
+    factor: torch.dtype = torch.float32,
     *,
     backward: bool,
     compiled: bool = False,
     default: bool = False,
 ) -> Case:
-    """A square layer on ``tokens`` rows of activations in ``dtype``; the factors are fp32, the baselines' in dtype."""
+    """A square layer on ``tokens`` rows of activations in ``dtype``; our factors in ``factor``, theirs in dtype."""
     size = dtype.itemsize * tokens * d * (5 if backward else 3)
 
     def prepare(draw: Draw) -> Prepared:
         x, base_output, dy = (draw.normal(tokens, d).to(dtype) for _ in range(3))
-        lora_A, lora_B = draw.normal(rank, d, scale=d**-0.5), draw.normal(d, rank)
+        lora_A, lora_B = draw.normal(rank, d, scale=d**-0.5).to(factor), draw.normal(d, rank).to(factor)
         basis = draw.basis(d, k)
         narrow = [t.to(dtype) for t in (lora_A, lora_B, basis)]
         complement = (torch.eye(d, device=x.device) - basis @ basis.T).to(dtype)
@@ -85,4 +86,6 @@ def cases() -> Iterator[Case]:
         yield salora("2048 tokens, 4096², r=16, k=32, fp32", 2048, 4096, 16, 32, torch.float32, backward=backward)
         yield salora("8192 tokens, 4096², r=16, k=32", 8192, 4096, 16, 32, backward=backward)
         yield salora("2048 tokens, 576², r=16, k=32", 2048, 576, 16, 32, backward=backward)
-        yield salora("2048 tokens, 4096², r=64, k=32", 2048, 4096, 64, 32, backward=backward)
+        wide = "2048 tokens, 4096², r=64, k=32"
+        yield salora(wide, 2048, 4096, 64, 32, backward=backward)
+        yield salora(f"{wide}, bf16 factors", 2048, 4096, 64, 32, factor=torch.bfloat16, backward=backward)

@@ -42,16 +42,16 @@ def complement(backend: str) -> list[Tensor]:
     return [*results, *right, *xs]
 
 
-def salora(backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """The activations in ``dtype``, the factors in fp32."""
+def salora(backend: str, dtype: torch.dtype = torch.float32, factor: torch.dtype = torch.float32) -> list[Tensor]:
     shapes = [(515, 300), (515, 260), (12, 300), (260, 12)]
     tensors = [torch.randn(shape).requires_grad_() for shape in shapes] + [random_basis(260, 9).requires_grad_()]
-    y = sk.salora_linear(*[t.to(dtype) for t in tensors[:2]], *tensors[2:], 0.5, backend=backend)
+    x, base, a, b, u = tensors
+    y = sk.salora_linear(x.to(dtype), base.to(dtype), a.to(factor), b.to(factor), u, 0.5, backend=backend)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), tensors)]
 
 
 def salora_on_bf16(backend: str) -> list[Tensor]:
-    return salora(backend, torch.bfloat16)
+    return [t for factor in (torch.float32, torch.bfloat16) for t in salora(backend, torch.bfloat16, factor)]
 
 
 def gram(backend: str) -> list[Tensor]:

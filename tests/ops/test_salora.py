@@ -103,9 +103,12 @@ def thin_bound(left: Tensor, thin: Tensor, right: Tensor, thin_error: Tensor, ri
     return sums + depth**0.5 * 2.0**-15 * h.norm(dim=1, keepdim=True) * right.norm(dim=0, keepdim=True)
 
 
+@pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["random", "parallel", "outliers"])
 @pytest.mark.parametrize("rank", [1, 16, 33, 300])
-def test_every_element_of_bf16_results_is_within_its_bound(backend: str, rank: int, kind: str) -> None:
+def test_every_element_of_bf16_results_is_within_its_bound(
+    backend: str, rank: int, kind: str, factor: torch.dtype
+) -> None:
     """Parallel vectors make the largest sums there can be, outliers the widest range of numbers in one vector."""
     x, base, a, b, u = inputs(40, 70, 50, rank, 4, torch.bfloat16, torch.float32)
     if kind == "parallel":
@@ -113,7 +116,7 @@ def test_every_element_of_bf16_results_is_within_its_bound(backend: str, rank: i
     elif kind == "outliers":
         x[:, ::7] *= 1000
         a, b = a * 10 ** (3 * torch.randn(rank, 1)), b * 10 ** (2 * torch.randn(50, 1))
-    base, x = base.mul_(0.01), x.requires_grad_()
+    base, x, a, b = base.mul_(0.01), x.requires_grad_(), a.to(factor), b.to(factor)
     y = sk.salora_linear(x, base, a, b, u, 0.7, backend=backend)
     grad = torch.randn(40, 50).bfloat16()
     (dx,) = torch.autograd.grad(y, x, grad)
