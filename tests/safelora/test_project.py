@@ -517,6 +517,14 @@ def test_report_identifies_its_inputs(tmp_path, pair):
     assert set(report.versions) == {"safelora", "torch", "python"}
 
 
+@pytest.mark.parametrize(("named", "warned"), [("org/base", 1), ("org/aligned", 0), ("org/other", 0), (None, 0)])
+def test_models_given_the_wrong_way_round_are_said(tmp_path, pair, named, warned):
+    adapter = write_adapter(tmp_path / "adapter", factors(llama_modules()), base_model_name_or_path=named)
+    report = project_adapter(adapter, tmp_path / "base", tmp_path / "aligned", threshold=1, dry_run=True)
+    assert len(report.warnings) == warned
+    assert all("org/base, which was given as base" in warning for warning in report.warnings)
+
+
 def test_progress_counts_the_bytes_of_both_models(tmp_path, pair):
     seen: list[tuple[int, int]] = []
     project_adapter(
