@@ -177,7 +177,7 @@ def project_adapters(
 
     Raises:
         SafeLoraError: as :func:`project_adapter` does, and when the directory holds no adapter. All adapters are
-            checked before the first is projected.
+            checked, and their places in `out`, before the first is projected.
     """
     root = Path(directory).expanduser()
     places = {path.parent.name: path.parent for path in sorted(root.glob(f"*/{CONFIG_FILE}"))}
@@ -187,8 +187,11 @@ def project_adapters(
         places = {"default": root, **places}
     if not places:
         raise SafeLoraError(f"{root} holds no adapters (no {CONFIG_FILE} in it or its sub-directories).")
-    for place in places.values():
-        Adapter.open(place, allow_projected=bool(options.get("allow_projected")))
+    for name, place in places.items():
+        source = Adapter.open(place, allow_projected=bool(options.get("allow_projected")))
+        if out is not None and not options.get("dry_run"):
+            target = (Path(out).expanduser() / name).resolve()
+            check_target(target, place.resolve(), [], source.header.file_size, bool(options.get("overwrite")))
     return {
         name: project_adapter(place, base, aligned, None if out is None else Path(out) / name, **options)
         for name, place in places.items()

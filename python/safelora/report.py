@@ -135,7 +135,13 @@ class Report(ABC):
         suffix = Path(path).suffix.lower()
         if suffix not in writers:
             raise SafeLoraError(f"cannot tell the format of report {os.fspath(path)}: end it in {', '.join(SUFFIXES)}.")
-        writers[suffix](path)
+        place = Path(os.path.realpath(path))
+        partial = place.with_name(f".{place.name[:100]}.{os.getpid()}{suffix}")
+        try:
+            writers[suffix](partial)
+            os.replace(partial, place)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON."""
@@ -143,7 +149,7 @@ class Report(ABC):
 
     def save_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained page: summary, per-layer picture, table, inputs. Needs no other package."""
-        Path(path).write_text(self.page(), encoding="utf-8")
+        Path(path).write_text(self.page(), encoding="utf-8", errors="replace")  # paths may hold any bytes
 
     def save_png(self, path: str | os.PathLike[str]) -> None:
         """Write the per-layer picture. Needs matplotlib."""

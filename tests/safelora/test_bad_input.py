@@ -502,6 +502,28 @@ def test_an_earlier_output_survives_a_failing_replacement(inputs, monkeypatch):
     assert snapshot(inputs.out.parent) == before
 
 
+def test_everything_is_on_disk_before_it_gets_its_name(inputs, monkeypatch):
+    """A power cut after the rename finds whole files: each was synced before it, the directory after."""
+    events: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append("renamed")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(safelora.output.os, "replace", renamed)
+    project_adapter(inputs.adapter, inputs.base, inputs.aligned, inputs.out, threshold=1)
+    at = events.index("renamed")
+    assert {path.name for path in inputs.out.iterdir()} <= set(events[:at])
+    assert events[at - 1].startswith(".out.safelora-")
+    assert events[at + 1 :] == [inputs.out.parent.name]
+
+
 @pytest.mark.parametrize("writes", range(10))
 def test_disk_full_leaves_nothing(inputs, monkeypatch, writes):
     """The n-th write fails with ENOSPC, for every n: one copy, four projected and four restored factors, the header."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -88,6 +89,64 @@ def test_a_picture_without_matplotlib_is_refused_before_any_work(inputs, capsys,
     assert main([*command, "--report", "layers.png"]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
     assert not Path(inputs.out).exists()
+
+
+@pytest.mark.parametrize("place", ["adapter", "base", "aligned"])
+def test_reports_never_land_on_an_input(inputs, tmp_path, capsys, place):
+    """--report base/config.json is a slip that would cost a model."""
+    config = tmp_path / place / ("adapter_config.json" if place == "adapter" else "config.json")
+    before = config.read_bytes()
+    command = ["project", inputs.adapter, "--base", inputs.base, "--aligned", str(tmp_path / "aligned")]
+    assert main([*command, "--threshold", "1", "--dry-run", "--report", str(config)]) == 2
+    assert "inputs are never changed" in capsys.readouterr().err
+    assert config.read_bytes() == before
+
+
+def test_reports_that_cannot_be_written_are_refused_before_any_work(inputs, tmp_path, capsys, monkeypatch):
+    command = ["project", inputs.adapter, "--base", inputs.base, "--threshold", "1", "--out", inputs.out, "--report"]
+    (tmp_path / "taken.html").mkdir()
+    assert main([*command, str(tmp_path / "taken.html")]) == 2
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert main([*command, str(tmp_path / "page.html")]) == 2
+    assert capsys.readouterr().err.count("cannot be written there") == 2
+    assert not Path(inputs.out).exists()
+
+
+def test_a_report_is_written_whole_or_not_at_all(inputs, tmp_path, monkeypatch):
+    from safelora.report import SafeLoraReport
+
+    page = tmp_path / "page.html"
+    command = ["project", inputs.adapter, "--base", inputs.base, "--threshold", "1", "--dry-run"]
+    assert main([*command, "--report", str(page)]) == 0
+    before, listing = page.read_bytes(), sorted(tmp_path.iterdir())
+
+    def full(self, path):
+        Path(path).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SafeLoraReport, "save_html", full)
+    assert main([*command, "--report", str(page)]) == 1
+    assert page.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == listing
+
+
+def test_paths_of_any_bytes(inputs, tmp_path):
+    """Names that are no UTF-8 are shown as far as they can be."""
+    odd = os.fsencode(tmp_path) + b"/odd\xff"
+    Path(inputs.adapter).rename(os.fsdecode(odd))
+    command = [
+        "project",
+        os.fsdecode(odd),
+        "--base",
+        inputs.base,
+        "--threshold",
+        "1",
+        "--out",
+        os.fsdecode(odd) + "-out",
+    ]
+    assert main([*command, "--report", str(tmp_path / "page.html"), "--report", str(tmp_path / "page.json")]) == 0
+    assert "odd?" in (tmp_path / "page.html").read_text()
+    assert json.loads((tmp_path / "page.json").read_text())["inputs"]["adapter"]["source"] == os.fsdecode(odd)
 
 
 def test_html_escapes_names(tmp_path):
@@ -264,6 +323,9 @@ def test_a_directory_of_adapters(inputs, capsys):
     assert main([*command, "--all-adapters", "--dry-run", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"default", "second"}
     assert main([*command, "--all-adapters", "--report", "x.json"]) == 2
+    shutil.rmtree(Path(inputs.out) / "default")
+    assert main([*command, "--all-adapters"]) == 2
+    assert not (Path(inputs.out) / "default").exists(), "a place that is taken is found before the first projection"
 
 
 def test_a_full_fine_tune(inputs, tmp_path, capsys):

@@ -123,7 +123,8 @@ def add_reports(parser: Any) -> None:
     )
 
 
-def check_reports(paths: Sequence[str]) -> None:
+def check_reports(paths: Sequence[str], inputs: Sequence[str | None]) -> None:
+    """Refuse, before any work, reports that could not be written, or would lie in a directory that is read."""
     from importlib.util import find_spec
 
     from ..errors import SafeLoraError
@@ -132,8 +133,14 @@ def check_reports(paths: Sequence[str]) -> None:
     for path in paths:
         if not path.lower().endswith(SUFFIXES):
             raise SafeLoraError(f"cannot tell the format of --report {path}: end it in {', '.join(SUFFIXES)}.")
-        if not os.path.isdir(os.path.dirname(path) or "."):
+        directory = os.path.dirname(path) or "."
+        if not os.path.isdir(directory):
             raise SafeLoraError(f"--report {path}: its directory does not exist.")
+        if os.path.isdir(path) or not os.access(directory, os.W_OK | os.X_OK):
+            raise SafeLoraError(f"--report {path} cannot be written there: choose another place.")
+        for source in inputs:
+            if source and os.path.isdir(source) and os.path.samefile(source, directory):
+                raise SafeLoraError(f"--report {path} would lie in the input {source}; inputs are never changed.")
         if path.lower().endswith(".png") and find_spec("matplotlib") is None:
             raise SafeLoraError(f"--report {path} needs matplotlib: pip install matplotlib, or ask for .html.")
 

@@ -70,7 +70,7 @@ def add(commands: Any) -> None:
 
 
 def _run_filter(arguments: argparse.Namespace) -> int:
-    check_reports(arguments.report)
+    check_reports(arguments.report, (arguments.adapter, arguments.model))
     from ..data import load_examples
     from ..filter import filter_adapter, wrapped_prompts
 

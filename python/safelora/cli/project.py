@@ -83,7 +83,7 @@ def _project(arguments: argparse.Namespace, run: Callable[..., Any], source: str
     """Run on all ranks with the common options and those of these names; rank 0 prints."""
     from ..distributed import launched
 
-    check_reports(arguments.report)
+    check_reports(arguments.report, (source, arguments.base, arguments.aligned))
     options = {**rule_options(arguments), **chosen(arguments, *names)}
     with launched() as ranks, progress_bar(arguments.quiet or ranks.rank > 0) as progress:
         result = run(source, arguments.base, arguments.aligned, progress=progress, ranks=ranks, **options)
