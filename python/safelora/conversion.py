@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 
+_LAYER_COUNTS = frozenset(
+    {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers", "decoder_layers",
+     "num_encoder_layers", "num_decoder_layers"}
+)  # fmt: skip
+_MAX_LAYERS = 1000
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A parameter of the live model: its shape, and the stored tensors it is made of with the patterns they matched."""
@@ -81,6 +88,7 @@ def replay(checkpoint: Checkpoint) -> Replay | None:
 
 
 def _build(checkpoint: Checkpoint) -> Replay | None:
+    _check_layers(checkpoint)
     architectures = checkpoint.config.get("architectures")
     if not (isinstance(architectures, list) and architectures and checkpoint.config.get("model_type")):
         return None
@@ -130,6 +138,21 @@ def _build(checkpoint: Checkpoint) -> Replay | None:
                 parameters[target] = Parameter(target, tuple(state[target].shape), tuple(sources), converter)
     result.names = Names(parameters, ties_embeddings(checkpoint.config))
     return result
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    """Refuse a configuration whose model would take hours and all memory to build, even without its weights."""
+    most = max(_MAX_LAYERS, len(checkpoint.tensors))
+    pending = [checkpoint.config]
+    for settings in pending:
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                pending.append(value)
+            elif key in _LAYER_COUNTS and isinstance(value, int) and value > most:
+                raise SafeLoraError(
+                    f"{checkpoint.source}: config.json asks for more than {most} layers ({key}), but the checkpoint "
+                    f"holds {len(checkpoint.tensors)} tensors. It is refused; restore the original config.json."
+                )
 
 
 def _targets(replay: Replay, name: str, converter: Any, sources: list[tuple[str, str]]) -> list[str]:

@@ -246,6 +246,18 @@ def test_missing_and_ambiguous_modules(inputs, tmp_path):
 
 
 @pytest.mark.usefixtures("no_reading")
+@pytest.mark.parametrize("count", [10**7, 10**400], ids=["many", "more than a float holds"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_configuration_of_endless_layers(inputs, tmp_path, count, nested):
+    """Where names alone find nothing, the model would be built from its configuration."""
+    inputs.adapter = write_adapter(tmp_path / "far", factors({"model.layers.9.self_attn.q_proj": (24, 24)}))
+    layers = {"num_hidden_layers": count}
+    model = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    edit_json(inputs.base / "config.json", lambda c: c.update(model, **({"text_config": layers} if nested else layers)))
+    refused(inputs, "num_hidden_layers", str(inputs.base), "refused")
+
+
+@pytest.mark.usefixtures("no_reading")
 @pytest.mark.parametrize("side", ["base", "aligned"])
 def test_quantised_checkpoints(inputs, tmp_path, side):
     root = getattr(inputs, side)
