@@ -256,16 +256,19 @@ def library(variant: str, sources: tuple[Path, ...] | None = None) -> Path:
             ROOT / "csrc" / "cpu" / "debug.cpp",
         ]
     # With so little room that a test can have more layers than go at a time.
-    names = [
-        f"-DSAFELORA_NAMESPACE={namespace}",
-        "-DSAFELORA_KEY=CPU",
-        f"-DSAFELORA_PROJECT_WORKSPACE={PROJECT_WORKSPACE}",
-    ]
-    jobs = [(path, names) for path in (*common, *host)]
+    defines = {
+        "project_layers.cpp": [f"-DSAFELORA_PROJECT_WORKSPACE={PROJECT_WORKSPACE}"],
+        "cuda_library.cpp": [f"-DSAFELORA_NAMESPACE={namespace}", "-DSAFELORA_KEY=CPU"],
+    }
+    jobs = [(variant, path, []) for path in common]
     if variant != "ptx":
-        jobs = [*((path, []) for path in kernels), *jobs]
+        jobs = [*((variant, path, []) for path in kernels), *jobs]
+    # The host code is no subject of the race detector, nor does it know who runs the kernels.
+    plain = "asan" if variant == "asan" else "simt"
+    variants = {"cuda_library.cpp": variant}
+    jobs += [(variants.get(path.name, plain), path, defines.get(path.name, [])) for path in host]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda job: _object(variant, *job), jobs))
+        objects = list(pool.map(lambda job: _object(*job), jobs))
     sanitize = {"asan": ["-fsanitize=address,undefined"], "tsan": ["-fsanitize=thread"]}.get(variant, [])
     torch_lib = str(Path(torch.__file__).parent / "lib")
     link = ["-shared", *sanitize, *map(str, objects), "-Wl,--no-undefined", "-lstdc++", f"-L{torch_lib}", "-ltorch_cpu"]
