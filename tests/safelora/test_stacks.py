@@ -267,7 +267,8 @@ def test_trl_trains_and_saves_a_projected_adapter(trained: tuple[Path, Any], tmp
     fast.save_pretrained(trained[0] / "aligned")
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": "a b c d e f g h"}) for _ in range(8)))
-    done = run("trl_sft.py", str(trained[0] / "aligned"), str(trained[0] / "base"), str(data), str(tmp_path / "out"))
+    aligned, base = str(trained[0] / "aligned"), str(trained[0] / "base")
+    done = run("trl_sft.py", aligned, str(data), str(tmp_path / "out"), "--base", base)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(next((tmp_path / "out").rglob("safelora_report.json")).read_text())
     assert report["modules"]

@@ -16,21 +16,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from safelora import SafeLoraError
 from safelora.salora import SaLoraCallback, Subspaces, export_checkpoint, initialize, subspaces_of
-from tests.safelora.salora.models import MODES, SAFETY, TASK, logits, model, subspaces
+from tests.safelora.salora.models import MODES, SAFETY, TASK, logits, subspaces
 from tests.safelora.test_callback import Tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def base() -> Any:
-    return model()
-
-
-@pytest.fixture(scope="module")
-def found(base: Any) -> Subspaces:
-    return subspaces(base)
 
 
 def trainer(base: Any, out: Path, callback: Any, **options: Any) -> Trainer:
@@ -156,7 +146,7 @@ def test_trl(base, found, entry, tmp_path):
 
 
 def test_the_example(base, tmp_path, monkeypatch):
-    """examples/stacks/salora_trl.py, as it is called."""
+    """examples/stacks/trl_sft.py, as it is called."""
     pytest.importorskip("trl")
     from tests.safelora.salora.test_calibrate import words_tokenizer
 
@@ -165,9 +155,9 @@ def test_the_example(base, tmp_path, monkeypatch):
     rows = [{"prompt": f"w{n} w{n + 1}", "completion": f"w{n + 2} w{n + 3}"} for n in range(20)]
     for name in ("safety", "data"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    places = [str(tmp_path / name) for name in ("model", "safety.jsonl", "data.jsonl", "out")]
-    monkeypatch.setattr("sys.argv", ["salora_trl.py", *places])
-    runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "stacks" / "salora_trl.py"))
+    places = [str(tmp_path / name) for name in ("model", "data.jsonl", "out")]
+    monkeypatch.setattr("sys.argv", ["trl_sft.py", *places, "--safety", str(tmp_path / "safety.jsonl")])
+    runpy.run_path(str(Path(__file__).resolve().parents[3] / "examples" / "stacks" / "trl_sft.py"))
     found = Subspaces.load(tmp_path / "out" / "checkpoint-10")
     spanned = [name for name, basis in found.bases.items() if len(basis) == basis.shape[1]]
     assert len(spanned) < 14

@@ -17,7 +17,6 @@ from tests.safelora.salora.models import (
     adapter,
     initialized,
     logits,
-    model,
     steps,
     subspaces,
     tokens,
@@ -25,16 +24,6 @@ from tests.safelora.salora.models import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def base() -> Any:
-    return model()
-
-
-@pytest.fixture(scope="module")
-def found(base: Any) -> Subspaces:
-    return subspaces(base)
 
 
 def dense_updates(tuned: Any, found: Subspaces, name: str = "default") -> dict[str, torch.Tensor]:

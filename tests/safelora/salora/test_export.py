@@ -35,7 +35,6 @@ from tests.safelora.salora.models import (
     adapter,
     initialized,
     logits,
-    model,
     steps,
     subspaces,
     trainable,
@@ -45,16 +44,6 @@ from tests.safelora.test_peft import gpt2
 pytestmark = pytest.mark.filterwarnings("ignore")
 SCALINGS = {"alpha": {"lora_alpha": 7}, "rslora": {"lora_alpha": 7, "use_rslora": True}}
 PATTERNS = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 11}}
-
-
-@pytest.fixture(scope="module")
-def base() -> Any:
-    return model()
-
-
-@pytest.fixture(scope="module")
-def found(base: Any) -> Subspaces:
-    return subspaces(base)
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,10 @@ from peft import LoraConfig, get_peft_model
 
 from safelora import SafeLoraError
 from safelora.salora import Subspaces, calibrate, initialize, subspaces_of
-from tests.safelora.salora.models import SAFETY, TASK, adapter, initialized, logits, model, subspaces
+from tests.safelora.salora.models import SAFETY, TASK, adapter, initialized, logits, subspaces
 from tests.safelora.test_peft import gpt2
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def base() -> Any:
-    return model()
-
-
-@pytest.fixture(scope="module")
-def found(base: Any) -> Subspaces:
-    return subspaces(base)
 
 
 SCALINGS = {
