@@ -17,7 +17,7 @@ import safelora.weights
 from safelora import SafeLoraError, project_adapter, project_model
 from tests.safelora.test_stream import Mapped
 from tests.safelora.zoo import factors, llama_modules, llama_tensors, shifted, write_adapter, write_checkpoint
-from tests.safelora.zoo_models import gpt2, gpt_oss, llama, mixtral, save_model
+from tests.safelora.zoo_models import gpt2, gpt_oss, llama, mixtral, save_model, save_pair
 
 PREFIX = "base_model.model."
 KERNEL = 1e-5
@@ -134,12 +134,7 @@ def test_unselected_ones_keep_their_bits(tmp_path, extras):
 def test_as_peft_saves_them(tmp_path):
     """modules_to_save and trainable_token_indices written by PEFT, found without help."""
     aligned = llama()()
-    base = copy.deepcopy(aligned)
-    with torch.no_grad():
-        for weight in base.parameters():
-            weight.add_(torch.randn_like(weight) * 0.02)
-    save_model(base, tmp_path / "base")
-    save_model(aligned, tmp_path / "aligned")
+    save_pair(aligned, tmp_path)
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices=[3, 9])
     tuned = get_peft_model(copy.deepcopy(aligned), config)
     with torch.no_grad():

@@ -36,7 +36,7 @@ from tests.safelora.zoo import (
     write_checkpoint,
 )  # fmt: skip
 from tests.safelora.zoo_models import CASES as ZOO
-from tests.safelora.zoo_models import llama, llava, mixtral, pair_of, randomised, save_model
+from tests.safelora.zoo_models import llama, llava, mixtral, pair_of, randomised, save_model, save_pair
 
 PREFIX = "base_model.model."
 KERNEL = 1e-5
@@ -259,12 +259,7 @@ def test_fused_modules_that_cannot_be_split(tmp_path, case, config, message):
 def test_an_adapter_of_transformers_4_on_experts(tmp_path):
     """One LoRA per expert and projection, named as the checkpoint is; PEFT fuses them when it loads them."""
     aligned = mixtral()()
-    base = copy.deepcopy(aligned)
-    with torch.no_grad():
-        for weight in base.parameters():
-            weight.add_(torch.randn_like(weight) * 0.02)
-    save_model(base, tmp_path / "base")
-    save_model(aligned, tmp_path / "aligned")
+    base = save_pair(aligned, tmp_path)
     shapes = {"w1": (40, HIDDEN), "w2": (HIDDEN, 40), "w3": (40, HIDDEN)}
     stem = "model.layers.{}.block_sparse_moe.experts.{}.{}"
     given = factors({
@@ -343,12 +338,7 @@ def test_without_transformers(tmp_path, monkeypatch):
 def test_replicated_layers(tmp_path):
     """layer_replication as PEFT writes it: each layer of the enlarged stack is projected with its source's weights."""
     aligned = llama(num_hidden_layers=3)()
-    base = copy.deepcopy(aligned)
-    with torch.no_grad():
-        for weight in base.parameters():
-            weight.add_(torch.randn_like(weight) * 0.02)
-    save_model(base, tmp_path / "base")
-    save_model(aligned, tmp_path / "aligned")
+    base = save_pair(aligned, tmp_path)
     config = LoraConfig(r=4, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 3], [0, 1]])
     tuned = randomised(get_peft_model(copy.deepcopy(aligned), config))
     tuned.save_pretrained(tmp_path / "adapter")
@@ -385,12 +375,7 @@ def test_variants_of_peft(tmp_path, variant):
         config = LoraConfig(r=4, target_modules=["q_proj"], **options[variant]())
     except AttributeError as error:
         pytest.skip(f"this PEFT has no such variant: {error}")
-    save_model(aligned, tmp_path / "aligned")
-    base = copy.deepcopy(aligned)
-    with torch.no_grad():
-        for weight in base.parameters():
-            weight.add_(torch.randn_like(weight) * 0.02)
-    save_model(base, tmp_path / "base")
+    save_pair(aligned, tmp_path)
     randomised(get_peft_model(aligned, config)).save_pretrained(tmp_path / "adapter")
     arguments = (tmp_path / "adapter", tmp_path / "base", tmp_path / "aligned", tmp_path / "out")
     if variant in ("kasa", "bdlora"):

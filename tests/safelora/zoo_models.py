@@ -280,13 +280,27 @@ def save_model(built: Any, root: Path, **options: Any) -> Path:
     return root
 
 
+def drifted(model: Any) -> Any:
+    """A copy of the model with weights a little off."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(torch.randn_like(weight) * 0.02)
+    return other
+
+
+def save_pair(aligned: Any, root: Path) -> Any:
+    """Save the model as root/aligned, and as root/base one that differs from it, which is returned."""
+    base = drifted(aligned)
+    save_model(base, root / "base")
+    save_model(aligned, root / "aligned")
+    return base
+
+
 def pair_of(case: Case, root: Path) -> tuple[Any, Any]:
     """A base and an aligned model, in memory and at root/base and root/aligned."""
     base = case.model().eval()
-    aligned = copy.deepcopy(base)
-    with torch.no_grad():
-        for weight in aligned.parameters():
-            weight.add_(torch.randn_like(weight) * 0.02)
+    aligned = drifted(base)
     save_model(base, root / "base", **({"max_shard_size": "20KB"} if hasattr(base, "config") else {}))
     save_model(aligned, root / "aligned")
     return case.change(base), case.change(aligned)
