@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from .adapter import REPORT_FILE
 from .errors import SafeLoraError
-from .live import LiveReport, _Job, apply_safe_lora, safe_lora_applied
+from .live import LiveJob, LiveReport, apply_safe_lora, safe_lora_applied
 from .peft_model import chosen_adapter, unwrap, whole
 
 SAFE_FOLDER = "safelora"
@@ -55,7 +55,7 @@ class SafeLoraCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         options = self._options(args)
-        with _Job(model, options.pop("distributed")) as job:
+        with LiveJob(model, options.pop("distributed")) as job:
             job.prepare(self.base, **options)
         if state.is_world_process_zero:
             (Path(args.output_dir) / REPORT_FILE).unlink(missing_ok=True)  # of an earlier run

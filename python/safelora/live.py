@@ -9,18 +9,19 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from .adapter import PROJECTED, Mark, tensor_bytes
+from .adapter import tensor_bytes
+from .changes import Changes
 from .checkpoint import DTYPE_BITS, Checkpoint, TensorInfo
 from .decision import check_options, decide
 from .distributed import Kept, Ranks, modules_of, process_group, share
 from .errors import SafeLoraError
 from .full import FullTensor
+from .live_pair import Factors, LivePair
 from .mapping import PlannedModule, plan_modules
 from .measure import Measured, Pair, Rewriter, batches_of, measure, pairs_of
 from .peft_model import (
@@ -31,19 +32,15 @@ from .peft_model import (
     chosen_adapter,
     inventory,
     is_transposed,
-    live_weight,
-    oriented,
     quantisation,
     reshard,
-    tensor_in_memory,
     unwrap,
     weight_of,
-    whole,
 )
 from .report import SafeLoraReport
 from .serving import serving_notes
-from .stream import READ_AHEAD_BYTES, MappedRange, ReadAhead
-from .weights import Difference, Normalize, OpenWeight, Stored, WeightMatch
+from .stream import READ_AHEAD_BYTES, ReadAhead
+from .weights import Normalize, Stored, WeightMatch
 
 if TYPE_CHECKING:
     import torch
@@ -55,11 +52,11 @@ _LIVE = "live"
 class LiveReport(SafeLoraReport):
     """A :class:`SafeLoraReport` of a projection in memory, which can be taken back."""
 
-    def __init__(self, *, changes: _Changes | None = None, **fields: Any) -> None:
+    def __init__(self, *, changes: Changes | None = None, **fields: Any) -> None:
         super().__init__(**fields)
         object.__setattr__(self, "_changes", changes)
 
-    _changes: _Changes | None
+    _changes: Changes | None
 
     def undo(self, *, force: bool = False) -> None:
         """Give every changed factor its former bits again; nothing happens a second time.
@@ -136,7 +133,7 @@ def apply_safe_lora(
             factors that modules share, weights that are offloaded, not readable or of another shape than the
             base's, V = 0 everywhere, NaN. Nothing has been changed then.
     """
-    with _Job(peft_model, distributed) as job:
+    with LiveJob(peft_model, distributed) as job:
         job.prepare(
             base,
             threshold=threshold,
@@ -168,138 +165,7 @@ def safe_lora_applied(
         report.undo(force=True)
 
 
-@dataclass
-class _Change:
-    """A parameter with its new and former bits, and its version counter since."""
-
-    name: str
-    parameter: Any
-    new: Any
-    original: Any
-    version: int = 0
-
-
-class _Changes:
-    """The changes to one adapter of a model."""
-
-    def __init__(self, model: Any, adapter: str, mark: Mark = PROJECTED) -> None:
-        self.made: list[_Change] = []
-        self._model = model
-        self._config = model.peft_config[adapter]
-        self._mark = mark
-        self._marked_before = hasattr(self._config, mark.attribute)
-
-    def make(self, name: str, parameter: Any, tensor: torch.Tensor) -> None:
-        """Prepare a change; a sharded parameter gets its part of the tensor."""
-        new = tensor.to(parameter.device)
-        if hasattr(parameter, "device_mesh"):
-            from torch.distributed.tensor import distribute_tensor
-
-            new = distribute_tensor(new, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        self.made.append(_Change(name, parameter, new, parameter.detach().clone()))
-
-    def apply(self) -> None:
-        """Overwrite the parameters and mark the adapter."""
-        for change in self.made:
-            change.parameter.copy_(change.new)
-            change.version = change.parameter._version
-            change.new = None
-        setattr(self._config, self._mark.attribute, True)
-
-    def undo(self, force: bool) -> None:
-        import torch
-
-        moved = [change.name for change in self.made if change.parameter._version != change.version]
-        if moved and not force:
-            raise SafeLoraError(
-                f"{len(moved)} factor(s) have changed since ({moved[0]}): undoing would lose that. "
-                "Use undo(force=True) to go back all the same."
-            )
-        reshard(self._model)
-        with torch.no_grad():
-            for change in self.made:
-                change.parameter.copy_(change.original)
-        if self.made and not self._marked_before:
-            delattr(self._config, self._mark.attribute)
-        self.made.clear()
-
-
-class _Held:
-    """A weight in memory as a d_out × d_in matrix, with the interface of OpenWeight."""
-
-    quantised = False
-
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self._matrix = matrix
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._matrix.shape
-
-    def columns(self, start: int, stop: int) -> torch.Tensor:
-        return self._matrix[:, start:stop]
-
-    def matrix(self) -> torch.Tensor:
-        return self._matrix
-
-
-class _Factors:
-    """The adapter's tensors, read from the model (gathered where they are sharded)."""
-
-    def __init__(self, parameters: dict[str, Any], label: Path) -> None:
-        self._tensors = {name: whole(parameter) for name, parameter in parameters.items()}
-        self._label = label
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
-
-    def file_of(self, info: TensorInfo) -> Path:
-        return self._label if info.file == MEMORY else info.file
-
-
-@dataclass
-class _LivePair(Pair):
-    """A pair whose aligned weight is that of `layer`, or whose base weight is in `table`; else both are read."""
-
-    layer: Any = None
-    table: dict[str, Any] = field(default_factory=dict)
-    device: Any = "cpu"
-    gather: Any = None
-    held: Any = None
-    base_norm: float | None = None
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        return (self.aligned.parts if self.layer is None else ()) + (() if self.table else self.base.parts)
-
-    @property
-    def quantised(self) -> bool:
-        return self.layer is not None and quantisation(self.layer) is not None
-
-    def hold(self) -> None:
-        """Get the aligned weight; a collective call where it is sharded."""
-        if self.layer is not None:
-            self.held = oriented(live_weight(self.layer, self.modules[0], self.gather), self.aligned.transposed)
-
-    def open(self, mapped: Sequence[MappedRange]) -> Difference:
-        if self.held is None:
-            self.hold()
-        count = 0 if self.layer is not None else len(self.aligned.parts)
-        aligned: Any = OpenWeight(self.aligned, mapped[:count]) if self.layer is None else _Held(self.held)
-        base: Any
-        if self.table:
-            base = _Held(oriented(tensor_in_memory(self.table, self.base), self.base.transposed))
-        else:
-            base = OpenWeight(self.base, mapped[count:])
-        self.held = None
-        if self.quantised:
-            self.base_norm = float(base.matrix().float().norm())
-        if str(self.device) != "cpu":
-            aligned, base = (_Held(weight.matrix().to(self.device)) for weight in (aligned, base))
-        return Difference(aligned, base)
-
-
-class _Job:
+class LiveJob:
     """One call of :func:`apply_safe_lora`, as a context in which all ranks of the job succeed or fail together."""
 
     def __init__(self, peft_model: Any, distributed: bool | None) -> None:
@@ -311,7 +177,7 @@ class _Job:
         self._names: dict[int, str] = {}
         self._gather = Gather()
 
-    def __enter__(self) -> _Job:
+    def __enter__(self) -> LiveJob:
         self._together = self.ranks.together()
         self._together.__enter__()
         return self
@@ -376,7 +242,7 @@ class _Job:
 
         ranks = self.ranks
         with torch.inference_mode(False), torch.no_grad():
-            factors = _Factors(self.parameters, self.adapter.root)
+            factors = Factors(self.parameters, self.adapter.root)
             if ranks.size > 1:
                 ranks.same(self._identity(factors), "the adapter, the base model or the options")
             shares = share(self.pairs, ranks.size)
@@ -396,7 +262,7 @@ class _Job:
                     "V = 0, there is no alignment to project onto. Is the base the wrong model?"
                 )
             selected, outcome = decide(self.plan, measured, self.options)
-            changes = _Changes(self.model, self.adapter_name)
+            changes = Changes(self.model, self.adapter_name)
             if not dry_run and selected:
                 rewriter.restore(measured, selected)
                 self._exchange(kept, shares, selected, changes)
@@ -419,7 +285,7 @@ class _Job:
         )
 
     def _measure(
-        self, mine: Sequence[_LivePair], factors: _Factors, rewriter: Rewriter, progress: Any
+        self, mine: Sequence[LivePair], factors: Factors, rewriter: Rewriter, progress: Any
     ) -> tuple[dict[str, Measured], dict[str, float]]:
         """The numbers of this rank's modules, and ‖W_base‖ of the quantised ones."""
         ready: Future[Any] = Future()
@@ -458,7 +324,7 @@ class _Job:
             raise failure
         return measured, {m.name: pair.base_norm for pair in mine if pair.base_norm for m in pair.modules}
 
-    def _exchange(self, kept: Kept, shares: Any, selected: set[str], changes: _Changes) -> None:
+    def _exchange(self, kept: Kept, shares: Any, selected: set[str], changes: Changes) -> None:
         """Bring the projected factors to all ranks."""
         owner = {module.output.name: rank for rank, pairs in enumerate(shares) for module in modules_of(pairs)}
         for name in dict.fromkeys(entry.module.output.name for entry in self.plan if entry.module.name in selected):
@@ -468,7 +334,7 @@ class _Job:
                 self.ranks.broadcast(tensor, owner[name])
             changes.make(name, self.parameters[name], tensor)
 
-    def _identity(self, factors: _Factors) -> str:
+    def _identity(self, factors: Factors) -> str:
         """What has to be equal on all ranks."""
         digest = hashlib.sha256()
         files = self.base.get("files", self.base["source"])
@@ -498,11 +364,11 @@ class _Job:
             base = replace(base, transposed=transposed)
         return replace(planned, base=base, aligned=WeightMatch((stored,), _LIVE, transposed))
 
-    def _live_pair(self, pair: Pair, table: dict[str, Any], in_memory: bool) -> _LivePair:
+    def _live_pair(self, pair: Pair, table: dict[str, Any], in_memory: bool) -> LivePair:
         key = pair.modules[0].lora_B.name
         layer = self.layers[key] if in_memory else None
         device = self.parameters[key].device
-        return _LivePair(pair.aligned, pair.base, pair.modules, pair.full, layer, table, device, self._gather)
+        return LivePair(pair.aligned, pair.base, pair.modules, pair.full, layer, table, device, self._gather)
 
     def _memory_warnings(self) -> list[str]:
         """What makes the weights in memory other than those of the aligned checkpoint."""

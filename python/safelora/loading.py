@@ -13,6 +13,7 @@ from typing import Any
 from .adapter import CONFIG_FILE, WEIGHTS_FILE
 from .checkpoint import locate, read_header, read_json
 from .errors import SafeLoraError
+from .peft_model import flags_kept
 
 ADAPTER = "evaluated"
 ADAPTER_FILES = [CONFIG_FILE, "adapter_model.*"]
@@ -82,15 +83,13 @@ class AdaptedModel:
             with model.disable_adapter():
                 yield model
         active = list(model.active_adapters)
-        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        try:
-            for name in self.names:
-                model.set_adapter(name)
-                yield model
-        finally:
-            model.base_model.set_adapter(active)
-            for parameter, wanted in trainable:
-                parameter.requires_grad_(wanted)
+        with flags_kept(model):
+            try:
+                for name in self.names:
+                    model.set_adapter(name)
+                    yield model
+            finally:
+                model.base_model.set_adapter(active)
 
 
 def _labels(paths: Sequence[str]) -> list[str]:
@@ -205,18 +204,16 @@ def adapted(model: Any, adapter: str | os.PathLike[str], *, local_files_only: bo
 def _restored(model: Any) -> Iterator[None]:
     """Whatever is put into the model inside the context is out of it afterwards, also after an error."""
     children = [(module, dict(module._modules)) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     attributes = set(vars(model))
-    try:
-        yield
-    finally:
-        for module, modules in children:
-            module._modules.clear()
-            module._modules.update(modules)
-        for parameter, wanted in trainable:
-            parameter.requires_grad_(wanted)
-        for name in set(vars(model)) - attributes:
-            delattr(model, name)
+    with flags_kept(model):
+        try:
+            yield
+        finally:
+            for module, modules in children:
+                module._modules.clear()
+                module._modules.update(modules)
+            for name in set(vars(model)) - attributes:
+                delattr(model, name)
 
 
 def _check_loaded(model: Any, root: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,20 @@ def whole(tensor: Any) -> torch.Tensor:
     """The tensor without its graph; gathered, a collective call, where it is sharded."""
     tensor = tensor.detach()
     return tensor.full_tensor() if hasattr(tensor, "device_mesh") else tensor
+
+
+@contextmanager
+def flags_kept(model: Any) -> Iterator[None]:
+    """Modules have their training mode and parameters their requires_grad again afterwards, also after an error."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for parameter, wanted in trainable:
+            parameter.requires_grad_(wanted)
 
 
 def unwrap(model: Any) -> tuple[bool, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import SafeLoraError
+from ..peft_model import flags_kept
 from .calibration import Batch, CalibrationSet
 from .solve import Gram, Moments, Rows
 
@@ -80,29 +81,23 @@ def plain_layers(model: Any, adapter: str, modules: Sequence[LoraModule], layers
 def calibrating(layers: Layers) -> Iterator[None]:
     """The model in evaluation mode with no trainable parameter and only this adapter active; as it was afterwards."""
     model = layers.model
-    training = {module: module.training for module in model.modules()}
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     active = list(model.active_adapters)
-    try:
-        if active != [layers.adapter]:
-            model.set_adapter(layers.adapter)
-        model.eval()
-        for module in model.modules():
-            if type(module).__name__ == "Linear4bit":
-                # In evaluation mode bitsandbytes repacks 4-bit weights on CPUs for a kernel that passes no gradient on.
-                # Asking for the state unpacks them.
-                module.train()
-                module.state_dict()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        if active != [layers.adapter]:
-            model.set_adapter(active[0]) if len(active) == 1 else model.base_model.set_adapter(active)
-        for module, mode in training.items():
-            module.training = mode
-        for parameter, wanted in trainable.items():
-            parameter.requires_grad_(wanted)
+    with flags_kept(model):
+        try:
+            if active != [layers.adapter]:
+                model.set_adapter(layers.adapter)
+            model.eval()
+            for module in model.modules():
+                if type(module).__name__ == "Linear4bit":
+                    # In evaluation mode bitsandbytes repacks 4-bit weights on CPUs for a kernel that passes no gradient
+                    # on. Asking for the state unpacks them.
+                    module.train()
+                    module.state_dict()
+            model.requires_grad_(False)
+            yield
+        finally:
+            if active != [layers.adapter]:
+                model.set_adapter(active[0]) if len(active) == 1 else model.base_model.set_adapter(active)
 
 
 def probe(layers: Layers, batch: Batch) -> tuple[list[InputGroup], dict[str, str]]:

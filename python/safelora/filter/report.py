@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import rich.table
     from matplotlib.figure import Figure
 
-    from ..live import _Changes
+    from ..changes import Changes
 
 REPORT_FILE = "safelora_filter.json"
 FILTERED = Mark("safelora_filter", "filtered", "Filtering", REPORT_FILE, "num_filtered", "_safelora_filtered")
@@ -71,9 +71,9 @@ class FilterReport(Report):
     modules: list[FilteredModule]
     separability: dict[str, Any] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    changes: dataclasses.InitVar[_Changes | None] = None
+    changes: dataclasses.InitVar[Changes | None] = None
 
-    def __post_init__(self, changes: _Changes | None) -> None:
+    def __post_init__(self, changes: Changes | None) -> None:
         object.__setattr__(self, "_changes", changes)
 
     @property
@@ -87,7 +87,7 @@ class FilterReport(Report):
         Raises SafeLoraError for a filter on disk, and when a factor has changed since, by training or loading, unless
         `force`: its later changes would be lost.
         """
-        changes: _Changes | None = getattr(self, "_changes", None)
+        changes: Changes | None = getattr(self, "_changes", None)
         if changes is not None:
             changes.undo(force)
         elif self.output is not None:

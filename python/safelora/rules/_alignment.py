@@ -85,10 +85,10 @@ def differences(subject: Subject) -> Iterator[tuple[list[LoraModule], torch.Tens
     """V (d_out × d_in, fp32) of every pair of weights that differ, with the modules that adapt it."""
     import torch
 
-    from ..live import _Job
+    from ..live import LiveJob
     from ..stream import map_range
 
-    with torch.no_grad(), _Job(subject.model, False) as job:
+    with torch.no_grad(), LiveJob(subject.model, False) as job:
         job.prepare(subject.base, threshold=1.0, allow_projected=True)
         for pair in job.pairs:
             difference = pair.open([map_range(info) for info in pair.tensors])
