@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import lazy
+
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
     from .callback import SafeLoraCallback as SafeLoraCallback
@@ -106,8 +108,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 
@@ -116,12 +116,10 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:
             return "0+uninstalled"
     if name == "salora":
+        from importlib import import_module
+
         return import_module(".salora", __name__)
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return lazy.load(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:
