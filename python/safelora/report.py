@@ -159,7 +159,7 @@ class Report(ABC):
         self,
         panels: Sequence[tuple[str, Callable[[Any], float | None]]],
         title: str,
-        framed: Callable[[Any], bool] = lambda module: False,
+        framed: Callable[[Any], bool] | None = None,
     ) -> Figure:
         """Layers × module kinds, a panel for each (label, value of a module), as a matplotlib figure."""
         try:
@@ -181,7 +181,7 @@ class Report(ABC):
             image = axes.imshow(shown, aspect="auto", cmap="viridis", interpolation="nearest")
             for (row, column), module in cells.items():
                 x, y = columns.index(column), rows.index(row)
-                if framed(module):
+                if framed is not None and framed(module):
                     frame = Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor="red", linewidth=1.6)
                     axes.add_patch(frame)
                 elif found[row, column] is None:
