@@ -80,7 +80,7 @@ def test_dtypes_forward_and_backward(backend: str, dtype: torch.dtype, factor: t
 )
 @pytest.mark.parametrize("factor", [torch.float32, torch.bfloat16])
 def test_rows_of_bf16(backend: str, shape: tuple[int, int, int, int, int], factor: torch.dtype) -> None:
-    """Rows that lie apart and start anywhere, and what lies between them is left alone."""
+    """Rows that lie apart and start anywhere, with NaN between them."""
     plain = inputs(*shape, torch.bfloat16, factor)
     grad = torch.randn(shape[0], shape[2]).bfloat16()
     rows = [
