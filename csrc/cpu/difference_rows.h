@@ -27,26 +27,32 @@ struct Pair {
   __m512 first, second;
 };
 
-// Asks for the lines that 32 columns of a row take, so many bytes further on.
+// Asks for the lines that 32 columns of a row take. Into L2: rows a power of two apart share the sets of L1.
 template <class S>
-void ask_for_pair(const S* at, std::int64_t bytes) {
+void ask_for_pair(const S* at) {
 #pragma GCC unroll 2
   for (int line = 0; line < static_cast<int>(kPairColumns * sizeof(S)); line += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(at) + bytes + line, _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(at) + line, _MM_HINT_T1);
 }
+
+// From a cell to the next one in the order of memory, in elements.
+struct NextCell {
+  std::int64_t a, b;
+};
 
 struct Bf16Row {
   static constexpr bool kRound = false;
   const std::uint16_t *a, *b;
+  NextCell next;
   Pair operator()(std::int64_t j) const {
     const __m512i x = _mm512_loadu_si512(a + j), y = _mm512_loadu_si512(b + j);
     return {_mm512_sub_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(y, 16))),
             _mm512_sub_ps(_mm512_castsi512_ps(_mm512_and_si512(x, high_half())),
                           _mm512_castsi512_ps(_mm512_and_si512(y, high_half())))};
   }
-  void ask_for(std::int64_t j, std::int64_t bytes) const {
-    ask_for_pair(a + j, bytes);
-    ask_for_pair(b + j, bytes);
+  void ask_ahead(std::int64_t j) const {
+    ask_for_pair(a + next.a + j);
+    ask_for_pair(b + next.b + j);
   }
 };
 
@@ -59,12 +65,13 @@ template <class S>
 struct PlainRow {
   static constexpr bool kRound = true;
   const S *a, *b;
+  NextCell next;
   Pair operator()(std::int64_t j) const {
     return {_mm512_sub_ps(load16(a + j), load16(b + j)), _mm512_sub_ps(load16(a + j + 16), load16(b + j + 16))};
   }
-  void ask_for(std::int64_t j, std::int64_t bytes) const {
-    ask_for_pair(a + j, bytes);
-    ask_for_pair(b + j, bytes);
+  void ask_ahead(std::int64_t j) const {
+    ask_for_pair(a + next.a + j);
+    ask_for_pair(b + next.b + j);
   }
 };
 
@@ -78,7 +85,7 @@ struct BlockRow {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return {_mm512_i32gather_ps(even, v + j, 4), _mm512_i32gather_ps(even, v + j + 1, 4)};
   }
-  void ask_for(std::int64_t, std::int64_t) const {}
+  void ask_ahead(std::int64_t) const {}
 };
 
 // Cells of 16 rows × 128 columns, in the order of memory.
@@ -124,11 +131,18 @@ class Cells {
  private:
   template <class Row, class S>
   Row stored(int r) const {
-    return {at<S>(layer_.aligned, r), at<S>(layer_.base, r)};
+    return {at<S>(layer_.aligned, r), at<S>(layer_.base, r), {to_next(layer_.aligned), to_next(layer_.base)}};
   }
   template <class S>
   const S* at(const ConstMatrix& m, int r) const {
     return static_cast<const S*>(m.data) + (block_ * 16 + r) * m.row_stride + column_;
+  }
+
+  // Where vectors cross lines, the last one of a row's cell needs the line that the next cell starts with: asked for
+  // with the latter, it would come too late.
+  std::int64_t to_next(const ConstMatrix& m) const {
+    const bool crosses = reinterpret_cast<std::uintptr_t>(m.data) % 64 != 0;
+    return column_ + kCell < m.cols ? kCell + (crosses ? 2 * kPairColumns : 0) : 16 * m.row_stride - column_;
   }
 
   const RowLayer& layer_;

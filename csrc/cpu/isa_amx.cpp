@@ -13,8 +13,7 @@
 namespace safelora::detail {
 namespace {
 
-constexpr int kTile = 256;                    // dwords of a tile: 16 rows × 64 bytes
-constexpr std::int64_t kPrefetchBytes = 256;  // ahead along the row
+constexpr int kTile = 256;  // dwords of a tile: 16 rows × 64 bytes
 constexpr int kCellTiles = 2 * kGroups;
 
 struct alignas(64) TileConfig {
@@ -86,7 +85,7 @@ void convert(const Cells& cell, int r, std::uint32_t* tiles, Pass& pass) {
     const auto row = rows(r);
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g) {
-      row.ask_for(g * kPairColumns, kPrefetchBytes);
+      row.ask_ahead(g * kPairColumns);
       pass.template put<decltype(row)::kRound>(row(g * kPairColumns), tiles + r * 16 + g * 2 * kTile);
     }
   });

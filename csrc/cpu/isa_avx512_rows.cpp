@@ -11,9 +11,8 @@
 namespace safelora::detail {
 namespace {
 
-constexpr int kTile = 256;                    // floats of a block of 16×16
-constexpr int kTiles = 2 * kGroups;           // of a cell
-constexpr std::int64_t kPrefetchBytes = 256;  // ahead along the row
+constexpr int kTile = 256;           // floats of a block of 16×16
+constexpr int kTiles = 2 * kGroups;  // of a cell
 
 std::int64_t y_size(const RowLayer& layer) { return layer.panels * Cells::count(layer) * kTiles * kTile; }
 
@@ -35,7 +34,7 @@ __m512 multiply1(const Rows& rows, std::int64_t column, const float* b, float* y
     const auto row = rows(r);
     const Pair pair = row(column);
     const __m512 v = Second ? pair.second : pair.first;
-    if constexpr (Second) row.ask_for(column, kPrefetchBytes);
+    if constexpr (Second) row.ask_ahead(column);
     squares = _mm512_fmadd_ps(v, v, squares);
 #pragma GCC unroll 16
     for (int k = 0; k < 16; ++k) sum[k] = _mm512_fmadd_ps(_mm512_set1_ps(b[r * 16 + k]), v, sum[k]);
@@ -86,7 +85,7 @@ void convert(const Rows& rows, int part, float* v) {
   const int r = part / kGroups, g = part % kGroups;
   const auto row = rows(r);
   const Pair pair = row(g * kPairColumns);
-  row.ask_for(g * kPairColumns, kPrefetchBytes);
+  row.ask_ahead(g * kPairColumns);
   _mm512_store_ps(v + r * kCell + g * kPairColumns, pair.first);
   _mm512_store_ps(v + r * kCell + g * kPairColumns + 16, pair.second);
 }
