@@ -53,7 +53,7 @@ def _load() -> tuple[bool, str]:
 
 
 STATUS = _load()
-_PATHS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # in the order of Isa, csrc/include/safelora/kernels.h
+PATHS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # in the order of Isa, csrc/include/safelora/kernels.h
 
 
 def code_path() -> str:
@@ -61,7 +61,7 @@ def code_path() -> str:
     if not STATUS[0]:
         return "none: no native CPU kernels"
     try:
-        return _PATHS[torch.ops.safelora._cpu_path()]
+        return PATHS[torch.ops.safelora._cpu_path()]
     except RuntimeError as error:  # SAFELORA_CPU_ISA asks for what cannot be
         return f"none: {str(error).splitlines()[0]}"
 

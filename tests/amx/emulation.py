@@ -81,6 +81,6 @@ def load_operators(tiles: Tiles, folder: Path) -> dict[str, Any]:
     operators = getattr(torch.ops, NAMESPACE)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("SAFELORA_CPU_ISA", raising=False)  # read at the first question
-        assert operators._cpu_path() == 3, "Isa::amx is not the best path of this build"
+        assert cpu.PATHS[operators._cpu_path()] == "amx", "AMX is not the best path of this build"
     implemented = cpu.implemented(SCHEMAS)
     return {name: getattr(operators, name).default for name in implemented}
