@@ -45,6 +45,8 @@ LONGEST = (
     "ops/test_boundary.py",
     "packaging/test_cpp_library.py",
     "ops/test_backends.py",
+    "safelora/test_live_distributed.py",
+    "safelora/test_stacks.py",
 )
 # These share one build of the library and one wheel, so one worker takes them all.
 BUILDS = {f"tests/packaging/{name}.py" for name in ("test_binary", "test_cpp_library", "test_install")}
