@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from .errors import SafeLoraError
 from .mapping import PlannedModule
 from .measure import Measured
 from .report import COSINE_ERROR, ModuleReport
+from .versions import versions
 
 _ROUNDING = 5e-6  # half a unit of the authors' fifth decimal
 
@@ -50,7 +50,7 @@ def decide(
     return selected, {
         "modules": _module_reports(plan, measured, selected, options),
         "options": options,
-        "versions": _versions(),
+        "versions": versions("torch"),
         "pdst": _pdst(measured, selected),
     }
 
@@ -121,11 +121,3 @@ def _pdst(measured: dict[str, Measured], selected: set[str]) -> float | None:
         if result.cosine is not None
     ]
     return sum(values) / len(values) if values else None
-
-
-def _versions() -> dict[str, str]:
-    import torch
-
-    import safelora_kernels as sk
-
-    return {"safelora": sk.__version__, "torch": str(torch.__version__), "python": platform.python_version()}

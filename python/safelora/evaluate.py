@@ -16,6 +16,7 @@ from .loading import BARE, AdaptedModel
 from .output import StagedDirectory, check_place
 from .responses import write_formats, write_jsonl
 from .suite import HEADINGS, Outcome, Suite
+from .versions import versions
 
 if TYPE_CHECKING:
     import rich.table
@@ -123,7 +124,7 @@ def evaluate_adapters(
         outcomes,
         suite.describe(),
         {"model": opened.source, "adapters": dict(zip(opened.labels, opened.names, strict=True))},
-        versions(),
+        versions("torch", "transformers", "peft"),
         [*suite.notes, *remarks(outcomes, suite)],
     )
 
@@ -176,15 +177,6 @@ def counter(progress: Progress | None, total: int) -> Callable[[int], None] | No
         progress(done, total)
 
     return told
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    from importlib.metadata import version
-
-    from . import __version__
-
-    return {"safelora": __version__, **{name: version(name) for name in ("torch", "transformers", "peft")}}
 
 
 def check_out(out: str | os.PathLike[str], overwrite: bool) -> Path:

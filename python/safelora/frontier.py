@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from .data import Example, load_examples
 from .errors import SafeLoraError
-from .evaluate import RESULTS, Progress, counter, outcome_table, remarks, staged, versions
+from .evaluate import RESULTS, Progress, counter, outcome_table, remarks, staged
 from .loading import BARE, AdaptedModel
 from .rates import Mean, Rate
 from .responses import write_jsonl
 from .rules import Rule, Subject, make_rule, selects
 from .suite import HEADINGS, SAFETY, UTILITY, Outcome, Suite, pool
+from .versions import versions
 
 if TYPE_CHECKING:
     import rich.table
@@ -327,7 +328,8 @@ def trace_frontier(
         "seed": seed,
     }
     notes = [*suite.notes, *remarks([reference.outcome, *(point.outcome for point in points)], suite)]
-    return Frontier(points, reference, suite.describe(), inputs, versions(), notes, left_out, tolerance)
+    known = versions("torch", "transformers", "peft")
+    return Frontier(points, reference, suite.describe(), inputs, known, notes, left_out, tolerance)
 
 
 def compare(point: Point, other: Point) -> Mean:

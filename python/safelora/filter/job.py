@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from ..adapter import Adapter, LoraModule
 from ..changes import Changes
 from ..errors import SafeLoraError
 from ..peft_model import inventory, whole
+from ..versions import versions
 from .calibration import CalibrationSet
 from .moments import SIDES, Collector, InputGroup, calibrating, plain_layers, probe
 from .report import FILTERED, FilteredModule, FilterReport
@@ -133,7 +133,7 @@ class FilterJob:
                 "safety": self.safety.describe(),
                 "task": self.task.describe(),
             },
-            versions=_versions(),
+            versions=versions("torch", "transformers", "peft"),
             separability=self.separability if self._held_out else None,
             seconds={name: round(value, 3) for name, value in self.seconds.items()},
             output=output,
@@ -358,19 +358,3 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     finally:
         for kind, value in (("wall", time.perf_counter() - wall), ("processor", time.process_time() - processor)):
             seconds[f"{name}_{kind}"] = seconds.get(f"{name}_{kind}", 0.0) + value
-
-
-def _versions() -> dict[str, str]:
-    import peft
-    import torch
-    import transformers
-
-    import safelora_kernels as sk
-
-    return {
-        "safelora": sk.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "python": platform.python_version(),
-    }

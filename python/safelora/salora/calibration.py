@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..distributed import Ranks, process_group
 from ..errors import SafeLoraError
+from ..versions import versions
 from .sketch import Sketch, leading_subspace
 from .subspaces import Subspaces
 
@@ -154,7 +155,7 @@ def calibrate(
                 "passes": passes,
                 "rcond": rcond,
             },
-            "versions": _versions(),
+            "versions": versions("torch", "peft"),
         },
     )
 
@@ -189,7 +190,7 @@ def weight_subspaces(
         "method": "OPLoRA: leading singular vectors of the weights",
         "model": _model_identity(inner),
         "options": {"rank": rank, "input_rank": input_rank, "seed": seed},
-        "versions": _versions(),
+        "versions": versions("torch", "peft"),
     }
     return Subspaces(bases, {}, input_bases, details, skipped, provenance)
 
@@ -484,15 +485,6 @@ def _model_identity(model: Any) -> dict[str, Any]:
         "revision": getattr(config, "_commit_hash", None),
         "dtype": str(next(iter(plain.parameters())).dtype).removeprefix("torch."),
     }
-
-
-def _versions() -> dict[str, str]:
-    import peft
-    import torch
-
-    from .. import __version__
-
-    return {"safelora": __version__, "torch": str(torch.__version__), "peft": str(peft.__version__)}
 
 
 def _check_options(
