@@ -222,6 +222,47 @@ def test_nothing_in_an_error_reaches_the_terminal_as_a_command(inputs, capsys):
     assert "\x1b" not in capsys.readouterr().err
 
 
+def test_every_option_reaches_the_function(monkeypatch):
+    """One that is parsed and forgotten would change nothing, without a word."""
+    import inspect
+
+    import safelora.project
+
+    given = {
+        "rule": "authors", "normalize": "none", "modules_to_save": "project", "split_fused": True, "dry_run": True,
+        "overwrite": True, "allow_projected": True, "local_files_only": True, "revision": "r0", "revision_base": "r1",
+        "revision_aligned": "r2", "out": "o", "num_layers": 7,
+    }  # fmt: skip
+    parameters = inspect.signature(safelora.project.project_adapter).parameters
+    assert set(parameters) - set(given) == {"adapter", "base", "aligned", "threshold", "progress", "ranks"}
+    calls = []
+
+    def record(*sources, **options):
+        calls.append((sources, options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safelora.project, "project_adapter", record)
+    words = ["project", "a", "--base", "b", "--aligned", "c"]
+    for name, value in given.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    assert main(words) == 130
+    assert main(["project", "a", "--base", "b", "--threshold", "0.5"]) == 130
+    (sources, options), (_, plain) = calls
+    assert sources == ("a", "b", "c")
+    assert {name: options[name] for name in given} == given
+    assert plain["threshold"] == 0.5
+    assert {name: plain[name] for name in given} == {
+        name: None if name in ("out", "num_layers") else parameters[name].default for name in given
+    }
+
+
+def test_quiet(inputs, capsys):
+    command = ["project", inputs.adapter, "--base", inputs.base, "--threshold", "1", "--quiet"]
+    assert main([*command, "--dry-run"]) == main([*command, "--out", inputs.out]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == printed.err == ""
+
+
 def test_unexpected_errors_are_one_line_unless_asked(inputs, capsys, monkeypatch):
     import safelora.project
 

@@ -365,6 +365,21 @@ def test_threshold_is_monotone_and_num_layers_is_exact(tmp_path, pair):
     assert projected(threshold=-1) == set()
 
 
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_diagnostic_of_the_published_code(tmp_path, pair, count):
+    """Pdst is the mean of 1/(1 + ‖B_final − C·B‖_F), which is 1 for a projected module."""
+    given = factors(llama_modules())
+    adapter = write_adapter(tmp_path / "adapter", given)
+    report = project_adapter(adapter, tmp_path / "base", tmp_path / "aligned", tmp_path / "out", num_layers=count)
+    written = read_output(tmp_path / "out")
+    values = []
+    for module in report.modules:
+        b_name, a_name = (f"{PREFIX}{module.name}.lora_{factor}.weight" for factor in "BA")
+        expected, _, _ = truth(*by_name(*pair)(module.name), given[b_name], given[a_name])
+        values.append(1 / (1 + float((written[b_name].double() - expected).norm())))
+    assert report.pdst == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
 def test_margins_and_near_threshold_flags(tmp_path, pair):
     adapter = write_adapter(tmp_path / "adapter", factors(llama_modules()))
     sources = (adapter, tmp_path / "base", tmp_path / "aligned")
