@@ -11,7 +11,7 @@ help: ## Show this list
 
 $(BIN)/.requirements: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -r requirements-dev.txt
 	@touch $@
 
 $(BIN)/.native: $(BIN)/.requirements $(NATIVE_SOURCES)
