@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -171,6 +173,31 @@ def test_inspect(inputs, capsys):
     assert first["aligned"] is None
     assert main(["inspect", inputs.adapter]) == 0
     assert "4 modules" in capsys.readouterr().out
+
+
+def test_inspect_shows_a_projected_adapter_too(inputs, capsys):
+    project = ["project", inputs.adapter, "--base", inputs.base, "--threshold", "1", "--out", inputs.out, "--quiet"]
+    assert main(project) == 0
+    assert main(["inspect", inputs.out]) == 0
+    assert "had been projected before" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_terminal_gets_a_progress_bar(inputs, monkeypatch, capsys):
+    """On standard error, so that standard output stays for programs."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    command = ["project", inputs.adapter, "--base", inputs.base, "--dry-run", "--threshold", "1", "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["num_projected"] == 4
+    shown = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "reading weights" in shown
+    assert re.search(r"([1-9][\d.]*)/\1 \w?B", shown), "the bytes of both models, at the end"
 
 
 def test_inspect_reads_no_tensor_and_imports_no_torch(inputs):
