@@ -155,7 +155,7 @@ def libraries() -> dict[str, str]:
         if str(library) in torch.ops.loaded_libraries:
             found[library.name] = f"loaded, {library.stat().st_size >> 10} KiB, from {library.parent}"
         else:
-            found[library.name] = f"not loaded: {reason if library.exists() else backend._build_reason()}"
+            found[library.name] = f"not loaded: {reason if library.exists() else backend.build_reason()}"
     return found
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-LIBRARY = _PACKAGE / "_C.abi3.so"
-_BUILD_INFO = _PACKAGE / "_build_info.json"
+from . import library
+
+LIBRARY = library.PACKAGE / "_C.abi3.so"
 _REMEDY = (
     "to get them, install a C++17 compiler and torch>=2.10 and reinstall with SAFELORA_BUILD=native, which shows any "
     "build error in full (in a checkout: make setup)"
@@ -21,35 +18,18 @@ _REMEDY = (
 _log = logging.getLogger("safelora_kernels")
 
 
-def _build_reason() -> str:
+def build_reason() -> str:
     """Why the library is not there, in the words of the build where it left any."""
-    try:
-        info = json.loads(_BUILD_INFO.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{LIBRARY.name} was not built"
-    if info.get("native"):
-        return f"the build made {LIBRARY.name} but {LIBRARY} is gone"
-    return str(info.get("reason", f"{LIBRARY.name} was not built"))
-
-
-def _disabled() -> bool:
-    return os.environ.get("SAFELORA_DISABLE_NATIVE", "").strip().lower() in ("1", "true", "yes", "on")
+    return library.build_reason(LIBRARY, "native", "reason")
 
 
 def _load() -> tuple[bool, str]:
-    if _disabled():
+    if library.disabled():
         return False, "SAFELORA_DISABLE_NATIVE is set: unset it to load the native CPU kernels"
-    if not LIBRARY.exists():
-        reason = f"no native CPU kernels ({_build_reason()}); {_REMEDY}"
-    else:
-        try:
-            torch.ops.load_library(LIBRARY)
-        except (OSError, RuntimeError) as error:
-            reason = f"{LIBRARY.name} does not load with torch {torch.__version__} ({error}); {_REMEDY}"
-        else:
-            return True, f"native kernels from {LIBRARY.name}"
-    _log.warning("safelora_kernels falls back to plain torch, correct but far slower: %s", reason)
-    return False, reason
+    reason = library.load(LIBRARY, f"no native CPU kernels ({build_reason()})", _REMEDY)
+    if reason:
+        _log.warning("safelora_kernels falls back to plain torch, correct but far slower: %s", reason)
+    return not reason, reason or f"native kernels from {LIBRARY.name}"
 
 
 STATUS = _load()

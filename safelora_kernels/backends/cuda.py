@@ -5,16 +5,14 @@ CUDA is not initialised: whether a device is there is asked of the driver's own 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 
-from . import cpu
+from . import library
 
-LIBRARY = cpu.LIBRARY.with_name("_CUDA.abi3.so")
+LIBRARY = library.PACKAGE / "_CUDA.abi3.so"
 _REMEDY = (
     "to get them, install nvcc (CUDA 12.8 or later) and a CUDA build of torch>=2.10 and reinstall with "
     "SAFELORA_CUDA=on, which shows any build error in full"
@@ -23,15 +21,9 @@ _REMEDY = (
 _log = logging.getLogger("safelora_kernels")
 
 
-def _build_reason() -> str:
+def build_reason() -> str:
     """Why the library is not there, in the words of the build where it left any."""
-    try:
-        info: dict[str, Any] = json.loads(cpu._BUILD_INFO.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{LIBRARY.name} was not built"
-    if info.get("cuda"):
-        return f"the build made {LIBRARY.name} but {LIBRARY} is gone"
-    return str(info.get("cuda_reason") or info.get("reason") or f"{LIBRARY.name} was not built")
+    return library.build_reason(LIBRARY, "cuda", "cuda_reason", "reason")
 
 
 def device_missing() -> str:
@@ -46,23 +38,16 @@ def device_missing() -> str:
 
 
 def _load() -> tuple[bool, str]:
-    if cpu._disabled():
+    if library.disabled():
         return False, "SAFELORA_DISABLE_NATIVE is set: unset it to load the native CUDA kernels"
+    missing = device_missing()
     if torch.version.hip is not None:
-        return False, device_missing()
-    if not LIBRARY.exists():
-        reason = f"no native CUDA kernels ({_build_reason()}); {_REMEDY}"
-    else:
-        try:
-            torch.ops.load_library(LIBRARY)
-        except (OSError, RuntimeError) as error:
-            reason = f"{LIBRARY.name} does not load with torch {torch.__version__} ({error}); {_REMEDY}"
-        else:
-            missing = device_missing()
-            return not missing, missing or f"native kernels from {LIBRARY.name}"
-    if not device_missing():
+        return False, missing
+    reason = library.load(LIBRARY, f"no native CUDA kernels ({build_reason()})", _REMEDY)
+    if reason and not missing:
         _log.warning("safelora_kernels has no CUDA kernels of its own: %s", reason)
-    return False, reason
+    reason = reason or missing
+    return not reason, reason or f"native kernels from {LIBRARY.name}"
 
 
 STATUS: tuple[bool, str] = _load()

@@ -12,7 +12,7 @@ import torch
 
 import safelora_kernels as sk
 from safelora_kernels import doctor, functional
-from safelora_kernels.backends import cpu, cuda
+from safelora_kernels.backends import cpu, cuda, library
 from safelora_kernels.schemas import SCHEMAS
 
 from .test_backends import NATIVE, python
@@ -32,8 +32,8 @@ def test_a_healthy_installation(capsys: pytest.CaptureFixture[str]) -> None:
     assert "all passed" in text and torch.__version__ in text
     for op in set(SCHEMAS) - {"salora_linear_backward"}:
         assert f"| {op} " in text, op
-    for library in (cpu.LIBRARY.name, cuda.LIBRARY.name):
-        assert f"| {library} " in text
+    for name in (cpu.LIBRARY.name, cuda.LIBRARY.name):
+        assert f"| {name} " in text
     for name, status in sk.backends().items():
         assert f"| {name} " in text and status.reason in text
 
@@ -109,7 +109,7 @@ def test_features_are_those_of_the_processor() -> None:
 
 def test_a_missing_library_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "_C.abi3.so")
-    monkeypatch.setattr(cpu, "_BUILD_INFO", tmp_path / "none.json")
+    monkeypatch.setattr(library, "BUILD_INFO", tmp_path / "none.json")
     assert doctor.libraries()["_C.abi3.so"] == "not loaded: _C.abi3.so was not built"
     (tmp_path / "_C.abi3.so").write_text("no library")
     monkeypatch.setattr(cpu, "STATUS", (False, "it does not load"))
