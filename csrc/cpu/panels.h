@@ -79,6 +79,25 @@ inline ConstMatrix transposed(const ConstMatrix& m) {
   return {m.data, m.dtype, m.cols, m.rows, m.col_stride, m.row_stride};
 }
 
+inline std::int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::bf16:
+    case DType::f16: return 2;
+    case DType::f64: return 8;
+    case DType::f32: break;
+  }
+  return 4;
+}
+
+inline ConstMatrix rows_of(const ConstMatrix& m, std::int64_t first, std::int64_t count) {
+  return {static_cast<const char*>(m.data) + first * m.row_stride * size_of(m.dtype),
+          m.dtype,
+          count,
+          m.cols,
+          m.row_stride,
+          m.col_stride};
+}
+
 // Columns of m as panels: dst[p][row][16], row < rows_padded; what lies outside m is zero.
 template <class T>
 void load_panels(const ConstMatrix& m, T* dst, std::int64_t rows_padded) {
@@ -96,9 +115,10 @@ Buffer<T> panels_of(const ConstMatrix& m) {
   return panels;
 }
 
-// XᵀY, (16·panels)², from (rows, 16) panels in fp64.
+// XᵀY, (16·panels)², or += when accumulate, from (rows, 16) panels in fp64.
 // X == Y makes the Gram matrix symmetric: half of its blocks are enough.
-inline void gram(const double* x, const double* y, std::int64_t panels, std::int64_t rows, double* out) {
+inline void gram(const double* x, const double* y, std::int64_t panels, std::int64_t rows, double* out,
+                 bool accumulate) {
   constexpr std::int64_t kRows = 128;  // of both operands in L1
   const std::int64_t n = panels * kLanes;
   for (std::int64_t p = 0; p < panels; ++p)
@@ -106,40 +126,46 @@ inline void gram(const double* x, const double* y, std::int64_t panels, std::int
       double* block = out + p * kLanes * n + q * kLanes;
       for (std::int64_t i = 0; i < rows; i += kRows)
         kernels<double>().gemm16(kLanes, std::min(kRows, rows - i), x + (p * rows + i) * kLanes, 1, kLanes,
-                                 y + (q * rows + i) * kLanes, kLanes, block, n, i > 0);
+                                 y + (q * rows + i) * kLanes, kLanes, block, n, accumulate || i > 0);
       if (x != y || p == q) continue;
       for (std::int64_t a = 0; a < kLanes; ++a)
         for (std::int64_t b = 0; b < kLanes; ++b) out[(q * kLanes + b) * n + p * kLanes + a] = block[a * n + b];
     }
 }
 
-// ⟨B'A, BA⟩ / (‖B'A‖·‖BA‖) from panels of B' and B; 0 where either product vanishes, NaN where one is not finite.
-inline double cosine(const double* b_new, const double* b, std::int64_t d_out, const ConstMatrix& lora_A) {
+constexpr std::int64_t kCosineRows = 256;  // of the factors in fp64 at a time
+
+// ⟨B'A, BA⟩ / (‖B'A‖·‖BA‖), where rows(first, count, b_new, b) writes panels of B' and of B; 0 where either product
+// vanishes, NaN where one is not finite.
+template <class Rows>
+double cosine(std::int64_t d_out, const ConstMatrix& lora_A, Rows&& rows) {
   const std::int64_t panels = ceil_div(lora_A.rows, kLanes), n = panels * kLanes;
-  const Buffer<double> a = panels_of<double>(transposed(lora_A));
-  Buffer<double> k(n * n), g(n * n);
-  gram(a.get(), a.get(), panels, lora_A.cols, k.get());
-  const auto product = [&](const double* x, const double* y) {
-    gram(x, y, panels, d_out, g.get());
+  const ConstMatrix columns = transposed(lora_A);
+  Buffer<double> b_new(kCosineRows * n), b(kCosineRows * n), g(4 * n * n);
+  double *const k = g.get(), *const cross = k + n * n, *const norm_new = cross + n * n, *const norm = norm_new + n * n;
+  std::fill(k, k + 4 * n * n, 0.0);
+  for (std::int64_t i = 0; i < columns.rows; i += kCosineRows) {
+    const std::int64_t count = std::min(kCosineRows, columns.rows - i);
+    load_panels(rows_of(columns, i, count), b.get(), count);
+    gram(b.get(), b.get(), panels, count, k, i > 0);
+  }
+  for (std::int64_t i = 0; i < d_out; i += kCosineRows) {
+    const std::int64_t count = std::min(kCosineRows, d_out - i);
+    rows(i, count, b_new.get(), b.get());
+    gram(b_new.get(), b.get(), panels, count, cross, i > 0);
+    gram(b_new.get(), b_new.get(), panels, count, norm_new, i > 0);
+    gram(b.get(), b.get(), panels, count, norm, i > 0);
+  }
+  const auto product = [&](const double* m) {
     double sum = 0;
-    for (std::int64_t i = 0; i < n * n; ++i) sum += g.get()[i] * k.get()[i];
+    for (std::int64_t i = 0; i < n * n; ++i) sum += m[i] * k[i];
     return sum;
   };
-  const double cross = product(b_new, b), norm_new = product(b_new, b_new), norm = product(b, b);
-  if (!std::isfinite(cross) || !std::isfinite(norm_new) || !std::isfinite(norm))
+  const double mixed = product(cross), square_new = product(norm_new), square = product(norm);
+  if (!std::isfinite(mixed) || !std::isfinite(square_new) || !std::isfinite(square))
     return std::numeric_limits<double>::quiet_NaN();
-  if (norm_new <= 0 || norm <= 0) return 0;
-  return std::clamp(cross / (std::sqrt(norm_new) * std::sqrt(norm)), -1.0, 1.0);
-}
-
-inline std::int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::bf16:
-    case DType::f16: return 2;
-    case DType::f64: return 8;
-    case DType::f32: break;
-  }
-  return 4;
+  if (square_new <= 0 || square <= 0) return 0;
+  return std::clamp(mixed / (std::sqrt(square_new) * std::sqrt(square)), -1.0, 1.0);
 }
 
 inline bool has_f64(const ConstMatrix& m) { return m.dtype == DType::f64; }

@@ -190,19 +190,26 @@ class Layer {
     std::int64_t column = 0;
     for (const ProjectFactor& f : layer_.factors) {
       const std::int64_t rank = f.lora_B.cols, panels = ceil_div(rank, kLanes);
-      Buffer<double> projected(panels * rows_ * kLanes);
-      for (std::int64_t j = 0; j < panels * kLanes; ++j) {
-        const T* from = sum + (column + j) / kLanes * rows_padded_ * kLanes + (column + j) % kLanes;
-        double* to = projected.get() + j / kLanes * rows_ * kLanes + j % kLanes;
-        for (std::int64_t i = 0; i < rows_; ++i) to[i * kLanes] = j < rank ? from[i * kLanes] : 0.0;
+      const auto store = [&](std::int64_t first, std::int64_t count, double* projected) {
+        for (std::int64_t j = 0; j < panels * kLanes; ++j) {
+          const T* from = sum + ((column + j) / kLanes * rows_padded_ + first) * kLanes + (column + j) % kLanes;
+          double* to = projected + j / kLanes * count * kLanes + j % kLanes;
+          for (std::int64_t i = 0; i < count; ++i) to[i * kLanes] = j < rank ? from[i * kLanes] : 0.0;
+        }
+        for (std::int64_t p = 0; p < panels; ++p)
+          kernels<double>().store(projected + p * count * kLanes, kLanes, f.projected, first, count, p * kLanes,
+                                  std::min(kLanes, rank - p * kLanes));
+      };
+      if (f.cosine != nullptr && f.lora_A.rows > 0 && norm > 0) {
+        *f.cosine = cosine(rows_, f.lora_A, [&](std::int64_t first, std::int64_t count, double* b_new, double* b) {
+          store(first, count, b_new);
+          load_panels(rows_of(f.lora_B, first, count), b, count);
+        });
+      } else {
+        Buffer<double> block(kCosineRows * panels * kLanes);
+        for (std::int64_t i = 0; i < rows_; i += kCosineRows) store(i, std::min(kCosineRows, rows_ - i), block.get());
+        if (f.cosine != nullptr) *f.cosine = nan;
       }
-      for (std::int64_t p = 0; p < panels; ++p)
-        kernels<double>().store(projected.get() + p * rows_ * kLanes, kLanes, f.projected, 0, rows_, p * kLanes,
-                                std::min(kLanes, rank - p * kLanes));
-      if (f.cosine != nullptr)
-        *f.cosine = f.lora_A.rows == 0 || norm == 0 || norm != norm
-                        ? nan
-                        : cosine(projected.get(), panels_of<double>(f.lora_B).get(), rows_, f.lora_A);
       column += rank;
     }
     pools_.panels.give(std::move(b_));

@@ -7,8 +7,11 @@ void update_cosine(const std::vector<CosineItem>& items, double* cosines, const 
   using namespace detail;
   parallel_for(threads, static_cast<std::int64_t>(items.size()), [&](std::int64_t i) {
     const CosineItem& item = items[i];
-    cosines[i] = cosine(panels_of<double>(item.lora_B_new).get(), panels_of<double>(item.lora_B).get(),
-                        item.lora_B.rows, item.lora_A);
+    cosines[i] =
+        cosine(item.lora_B.rows, item.lora_A, [&](std::int64_t first, std::int64_t count, double* b_new, double* b) {
+          load_panels(rows_of(item.lora_B_new, first, count), b_new, count);
+          load_panels(rows_of(item.lora_B, first, count), b, count);
+        });
   });
 }
 
