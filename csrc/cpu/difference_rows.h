@@ -27,32 +27,36 @@ struct Pair {
   __m512 first, second;
 };
 
-// Asks for the lines that 32 columns of a row take. Into L2: rows a power of two apart share the sets of L1.
-template <class S>
-void ask_for_pair(const S* at) {
-#pragma GCC unroll 2
-  for (int line = 0; line < static_cast<int>(kPairColumns * sizeof(S)); line += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(at) + line, _MM_HINT_T1);
-}
+// A function that only prefetches looks pure to GCC: a call of it that is not inlined early is dropped.
+#define SAFELORA_PREFETCHES __attribute__((always_inline))
 
-// From a cell to the next one in the order of memory, in elements.
-struct NextCell {
-  std::int64_t a, b;
+// Asks for 32 columns of a row while others are worked on: `step` further along it, or past its end, `wrap` more, in
+// the row 16 below. Into L2: rows a power of two apart share the sets of L1.
+struct AheadOfRow {
+  std::int64_t step, wrap, left;
+
+  template <class S>
+  SAFELORA_PREFETCHES void ask(const S* row, std::int64_t j) const {
+    const S* at = row + j + step + (j + step < left ? 0 : wrap);
+#pragma GCC unroll 2
+    for (int line = 0; line < static_cast<int>(kPairColumns * sizeof(S)); line += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(at) + line, _MM_HINT_T1);
+  }
 };
 
 struct Bf16Row {
   static constexpr bool kRound = false;
   const std::uint16_t *a, *b;
-  NextCell next;
+  AheadOfRow ahead_a, ahead_b;
   Pair operator()(std::int64_t j) const {
     const __m512i x = _mm512_loadu_si512(a + j), y = _mm512_loadu_si512(b + j);
     return {_mm512_sub_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(y, 16))),
             _mm512_sub_ps(_mm512_castsi512_ps(_mm512_and_si512(x, high_half())),
                           _mm512_castsi512_ps(_mm512_and_si512(y, high_half())))};
   }
-  void ask_ahead(std::int64_t j) const {
-    ask_for_pair(a + next.a + j);
-    ask_for_pair(b + next.b + j);
+  SAFELORA_PREFETCHES void ask_ahead(std::int64_t j) const {
+    ahead_a.ask(a, j);
+    ahead_b.ask(b, j);
   }
 };
 
@@ -65,13 +69,13 @@ template <class S>
 struct PlainRow {
   static constexpr bool kRound = true;
   const S *a, *b;
-  NextCell next;
+  AheadOfRow ahead_a, ahead_b;
   Pair operator()(std::int64_t j) const {
     return {_mm512_sub_ps(load16(a + j), load16(b + j)), _mm512_sub_ps(load16(a + j + 16), load16(b + j + 16))};
   }
-  void ask_ahead(std::int64_t j) const {
-    ask_for_pair(a + next.a + j);
-    ask_for_pair(b + next.b + j);
+  SAFELORA_PREFETCHES void ask_ahead(std::int64_t j) const {
+    ahead_a.ask(a, j);
+    ahead_b.ask(b, j);
   }
 };
 
@@ -131,18 +135,19 @@ class Cells {
  private:
   template <class Row, class S>
   Row stored(int r) const {
-    return {at<S>(layer_.aligned, r), at<S>(layer_.base, r), {to_next(layer_.aligned), to_next(layer_.base)}};
+    return {at<S>(layer_.aligned, r), at<S>(layer_.base, r), ahead<S>(layer_.aligned), ahead<S>(layer_.base)};
   }
   template <class S>
   const S* at(const ConstMatrix& m, int r) const {
     return static_cast<const S*>(m.data) + (block_ * 16 + r) * m.row_stride + column_;
   }
 
-  // Where vectors cross lines, the last one of a row's cell needs the line that the next cell starts with: asked for
-  // with the latter, it would come too late.
-  std::int64_t to_next(const ConstMatrix& m) const {
+  // A cell ahead; two lines more where vectors cross lines, or the second line of each would come too late.
+  template <class S>
+  AheadOfRow ahead(const ConstMatrix& m) const {
     const bool crosses = reinterpret_cast<std::uintptr_t>(m.data) % 64 != 0;
-    return column_ + kCell < m.cols ? kCell + (crosses ? 2 * kPairColumns : 0) : 16 * m.row_stride - column_;
+    const std::int64_t lead = crosses ? 128 / static_cast<std::int64_t>(sizeof(S)) : 0;
+    return {kCell + lead, 16 * m.row_stride - m.cols, m.cols - column_};
   }
 
   const RowLayer& layer_;
