@@ -51,22 +51,20 @@ class Rule:
     @property
     def label(self) -> str:
         """The title with the options that are not the default."""
-        changed = [
-            f"{item.name}={getattr(self, item.name)}"
-            for item in dataclasses.fields(self)
-            if getattr(self, item.name) != item.default
-        ]
+        changed = self._changed()
         return f"{self.title} ({', '.join(changed)})" if changed else self.title
 
     @property
     def spec(self) -> str:
         """The name with the options that are not the default, as :func:`safelora.rules.make_rule` reads it."""
-        changed = ",".join(
+        return ":".join(filter(None, (self.name, ",".join(self._changed()))))
+
+    def _changed(self) -> list[str]:
+        return [
             f"{item.name}={getattr(self, item.name)}"
             for item in dataclasses.fields(self)
             if getattr(self, item.name) != item.default
-        )
-        return f"{self.name}:{changed}" if changed else self.name
+        ]
 
     def change(self, subject: Subject, value: float, draw: int = 0) -> Iterator[Change]:
         """The modules that this value changes; the model holds its original factors meanwhile."""
